@@ -1,0 +1,37 @@
+"""What a reranker deployment is asked and answers; plain data, shared with its callers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Score each of `documents` against `query`.
+
+    `instruction` replaces the variant's own where its model takes one. `max_tokens_per_doc` cuts each
+    document, never the query or the prompt. `priority` orders the engine's queue, lower first.
+    `timeout_s` bounds the work in the replica, so that an orphaned call does not run on.
+    """
+
+    query: str
+    documents: list[str]
+    instruction: str | None = None
+    max_tokens_per_doc: int | None = None
+    priority: int = 0
+    request_id: str = ""
+    timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """`scores[i]` belongs to `documents[i]`: P(yes) or a sigmoid in [0, 1], a cosine in [-1, 1] for
+    bi-encoders. `logits` are the same before the sigmoid (yes minus no for causal rerankers; the cosine
+    itself for bi-encoders). `tokens` counts prompt tokens, `cached_tokens` those found in the prefix cache,
+    `truncated` the documents that lost tokens."""
+
+    scores: list[float]
+    logits: list[float]
+    tokens: int
+    cached_tokens: int
+    truncated: int
+    revision: str
+    took_ms: float
