@@ -35,3 +35,7 @@ class ScoreResult:
     truncated: int
     revision: str
     took_ms: float
+
+
+class PromptTooLongError(ValueError):
+    """Query and instruction alone leave no room for a document; the message names the limit."""
