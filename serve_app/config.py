@@ -60,9 +60,7 @@ class RerankerArgs(Block):
         if self.kind != "qwen3-reranker":
             for name in ("instruction", "prompt"):
                 if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is set, but kind {self.kind} takes none (only qwen3-reranker does)"
-                    )
+                    raise ValueError(f"{name} is set, but kind {self.kind} takes none (only qwen3-reranker does)")
         if self.kind != "bi-encoder":
             for name in ("query_prefix", "document_prefix"):
                 if getattr(self, name):

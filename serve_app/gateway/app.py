@@ -1,0 +1,316 @@
+"""The gateway's HTTP surface: routes, bodies in and out, one error body for everything that goes wrong."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+from pydantic_core import from_json, to_json
+from starlette.exceptions import HTTPException
+
+from serve_app import __version__
+from serve_app.gateway import wire
+from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
+from serve_app.gateway.deadline import Deadline
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.plan import Call, resolve, timeout_ms
+from serve_app.gateway.service import Service
+
+logger = logging.getLogger("ray.serve")
+
+B = TypeVar("B", bound=BaseModel)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_BODIES = (wire.SearchBody, wire.RerankBody, wire.CohereV2Body, wire.ScoreBody)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": wire.ErrorBody, "description": description}
+    for status, description in {
+        400: "The body is not valid, or over a limit",
+        404: "No such model",
+        413: "The body is over limits.max_body_bytes",
+        415: "The body is compressed",
+        429: "Too many calls under way; see Retry-After",
+        500: "A fault in the gateway",
+        503: "Nothing that could answer is up; see Retry-After",
+        504: "Nothing could be answered within the deadline",
+    }.items()
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application over `service`."""
+    app = FastAPI(
+        title="serve-app",
+        version=__version__,
+        description="BM25 recall and vLLM reranking behind one gateway.",
+    )
+
+    @app.post("/v1/search", **_takes(wire.SearchBody, wire.SearchAnswer, "Search the catalogue"))
+    async def search(request: Request) -> Response:
+        async def answer(body: wire.SearchBody) -> Any:
+            call = _call(service, request, body)
+            candidates, ranking = await service.search(
+                call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
+            )
+            return search_answer(call, body.query, candidates, ranking, body.top_n, body.explain)
+
+        return await _answer(service, request, wire.SearchBody, answer)
+
+    async def rerank(request: Request) -> Response:
+        async def answer(body: wire.RerankBody) -> Any:
+            call = _call(service, request, body)
+            query = _text(body.query, None, "query")
+            documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
+            ranking = await service.rerank(call, query, documents)
+            with_documents = body.return_documents
+            if with_documents is None:
+                # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
+                with_documents = not request.url.path.endswith("/v1/rerank")
+            shown = [_shown(document) for document in body.documents] if with_documents else None
+            return rerank_answer(call, ranking, body.top_n, shown)
+
+        return await _answer(service, request, wire.RerankBody, answer)
+
+    for path, dialect in (("/v1/rerank", "Cohere v1, Jina"), ("/rerank", "vLLM, Jina")):
+        app.post(path, **_takes(wire.RerankBody, wire.RerankAnswer, f"Rerank documents ({dialect})"))(rerank)
+
+    @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
+    async def rerank_v2(request: Request) -> Response:
+        async def answer(body: wire.CohereV2Body) -> Any:
+            call = _call(service, request, body)
+            return rerank_answer(call, await service.rerank(call, body.query, body.documents), body.top_n, None)
+
+        return await _answer(service, request, wire.CohereV2Body, answer)
+
+    async def score(request: Request) -> Response:
+        async def answer(body: wire.ScoreBody) -> Any:
+            call = _call(service, request, body)
+            scores, reports = await service.score(call, body.pairs())
+            return score_answer(call, scores, reports)
+
+        return await _answer(service, request, wire.ScoreBody, answer)
+
+    for path in ("/v1/score", "/score"):
+        app.post(path, **_takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)"))(score)
+
+    @app.get("/v1/models", summary="Names that `model` may have", responses={503: _ERRORS[503]})
+    async def models(request: Request) -> Response:
+        return _json(service.models(), request_id=_request_id(request))
+
+    @app.get("/healthz", summary="The gateway is up")
+    async def healthz(request: Request) -> Response:
+        return _json({"status": "ok"}, request_id=_request_id(request))
+
+    @app.get("/readyz", summary="What the routes need is up", responses={503: {"description": "Not yet"}})
+    async def readyz(request: Request) -> Response:
+        ready, body = service.readiness()
+        return _json(body, 200 if ready else 503, request_id=_request_id(request))
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        what = f"{request.method} {request.url.path[:200]}"
+        message = f"there is no {what}; see /docs" if code == "not_found" else f"{what} is not allowed"
+        return _error(ApiError(code, message), _request_id(request), dict(error.headers or {}))
+
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return _error(error, _request_id(request))
+
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ApiError, api_error)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+# ---- a call's way in and out
+
+
+async def _answer(
+    service: Service, request: Request, model: type[B], answer: Callable[[B], Awaitable[Any]]
+) -> Response:
+    """Reads the body as `model`, answers with what `answer` makes of it; whatever goes wrong has the one body."""
+    request_id = _request_id(request)
+    try:
+        service.enter()
+    except ApiError as error:
+        return _error(error, request_id)
+    try:
+        body = await _read(request, model, service.settings.limits.max_body_bytes)
+        return _json(await answer(body), request_id=request_id)
+    except ApiError as error:
+        return _error(error, request_id)
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        logger.exception("request %s failed", request_id)
+        return _error(
+            ApiError("internal_error", f"a fault in the gateway; its log names {request_id}"), request_id
+        )
+    finally:
+        service.leave()
+
+
+async def _read(request: Request, model: type[B], max_bytes: int) -> B:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise ApiError("unsupported_encoding", f"Content-Encoding is {encoding[:40]!r}; allowed: identity")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise ApiError("body_too_large", f"the body is over limits.max_body_bytes, which is {max_bytes}")
+        chunks.append(chunk)
+    try:
+        data = from_json(b"".join(chunks), allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError("invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = _path(problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ApiError(
+            "invalid_request", f"{param}: {message}" if param else message, param=param or None
+        ) from None
+
+
+def _call(service: Service, request: Request, body: Any) -> Call:
+    settings = service.settings
+    plan = resolve(settings, body.model, getattr(body, "route", None), getattr(body, "user", None))
+    asked_ms = body.timeout_ms or _header_timeout_ms(request)
+    return Call(
+        request_id=_request_id(request),
+        settings=settings,
+        plan=plan,
+        deadline=Deadline.after(timeout_ms(settings, plan, asked_ms) / 1e3),
+        started=time.monotonic(),
+        instruction=body.instruction,
+        max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
+    )
+
+
+def _header_timeout_ms(request: Request) -> int | None:
+    value = request.headers.get("x-timeout-ms")
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and 0 < len(value) < 10 and int(value) > 0):
+        raise ApiError(
+            "invalid_request",
+            f"X-Timeout-Ms is {value[:40]!r}; allowed: milliseconds from 1",
+            param="X-Timeout-Ms",
+        )
+    return int(value)
+
+
+def _request_id(request: Request) -> str:
+    """The caller's X-Request-Id if it is one that a log can carry, else a new one; the same all call long."""
+    state = request.state
+    if not hasattr(state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request_id: str = state.request_id
+    return request_id
+
+
+def _json(body: Any, status: int = 200, *, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        to_json(body),
+        status,
+        {"X-Request-Id": request_id, **(headers or {})},
+        media_type="application/json",
+    )
+
+
+def _error(error: ApiError, request_id: str, headers: dict[str, str] | None = None) -> Response:
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return _json(error.body(request_id), error.status, request_id=request_id, headers=headers)
+
+
+# ---- dialects
+
+
+def _text(document: str | wire.TextDocument, rank_fields: list[str] | None, param: str) -> str:
+    """The text to score of a document that may be an object: its `text`, or its `rank_fields` line by line."""
+    if isinstance(document, str):
+        return document
+    if rank_fields:
+        fields = {"text": document.text, **(document.model_extra or {})}
+        present = [(name, fields[name]) for name in rank_fields if fields.get(name) is not None]
+        return "\n".join(
+            f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+            for name, value in present
+        )
+    if document.text is None:
+        raise ApiError("invalid_request", f"{param} is an object without text", param=f"{param}.text")
+    return document.text
+
+
+def _shown(document: str | wire.TextDocument) -> dict[str, Any]:
+    return {"text": document} if isinstance(document, str) else document.model_dump(exclude_unset=True)
+
+
+# ---- OpenAPI
+
+
+def _takes(body: type[BaseModel], answer: type[BaseModel], summary: str) -> dict[str, Any]:
+    """Route arguments that describe a body which the handler reads by itself."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {
+        "summary": summary,
+        "responses": {200: {"model": answer}, **_ERRORS},
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            "parameters": [
+                {
+                    "name": name,
+                    "in": "header",
+                    "required": False,
+                    "schema": schema,
+                    "description": description,
+                }
+                for name, schema, description in (
+                    ("X-Timeout-Ms", {"type": "integer", "minimum": 1, "maximum": 60_000}, "As timeout_ms."),
+                    (
+                        "X-Request-Id",
+                        {"type": "string", "pattern": r"^[A-Za-z0-9._:-]{1,128}$"},
+                        "Comes back in the answer and in the logs.",
+                    ),
+                )
+            ],
+        },
+    }
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
+        )
+        schema["components"]["schemas"].update(definitions["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """`documents[3].text` for a pydantic location, without the names of union members."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("str", "TextDocument") and not part.startswith(("list[", "function-")):
+            path += f".{part}" if path else part
+    return path

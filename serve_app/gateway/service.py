@@ -1,0 +1,240 @@
+"""What the gateway does for a call, whatever dialect it came in: run its plan, and fall back where it can."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from serve_app.config import GatewaySettings, Stage, explain
+from serve_app.gateway import lexical
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.fleet import Fleet
+from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
+from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
+from serve_app.gateway.plan import Call, variants_in_use
+from serve_app.gateway.scripts import foreign_letter
+from serve_app.recall.messages import Candidate, RecallRequest
+from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
+
+logger = logging.getLogger("ray.serve")
+
+
+class Service:
+    """Answers calls from the settings in force; these are swapped whole, and a call keeps those it began with."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self._settings: GatewaySettings | None = None
+        # What is wrong with settings that were refused while older ones stay in force.
+        self.settings_error: str | None = None
+        self._calls = 0
+
+    @property
+    def settings(self) -> GatewaySettings:
+        if self._settings is None:
+            raise ApiError("unavailable", "the gateway has no settings: its user_config is missing")
+        return self._settings
+
+    def configure(self, user_config: dict[str, Any]) -> None:
+        """Puts `user_config` in force. Raises ValueError for bad settings, unless there are older ones: then
+        these go on, and `settings_error` says what is wrong."""
+        try:
+            self._settings = GatewaySettings.model_validate(user_config)
+            self.settings_error = None
+        except ValidationError as error:
+            message = explain(error, "user_config")
+            if self._settings is None:
+                raise ValueError(message) from None
+            logger.error("settings refused, the old ones stay in force:\n%s", message)
+            self.settings_error = message
+
+    def enter(self) -> None:
+        """Counts a call in; raises ApiError when too many are under way. Every call that entered must leave."""
+        allowed = self.settings.limits.max_concurrent_calls
+        if self._calls >= allowed:
+            raise ApiError(
+                "too_many_requests",
+                f"{self._calls} calls are under way; limits.max_concurrent_calls is {allowed}",
+                retry_after_s=1,
+            )
+        self._calls += 1
+
+    def leave(self) -> None:
+        self._calls -= 1
+
+    async def search(
+        self, call: Call, query: str, *, recall_k: int | None, top_n: int, rerank: bool
+    ) -> tuple[list[Candidate], Ranking]:
+        """Recall, then the plan's stages over what it found. Raises ApiError where recall fails."""
+        settings = call.settings
+        check_query(settings, query)
+        if settings.recall is None:
+            raise ApiError("not_found", "this fleet has no catalogue (user_config.recall is not set)")
+        limit(settings, "max_recall_k", recall_k or 0, "recall_k")
+        limit(settings, "max_recall_k", top_n, "top_n")
+        k = max(recall_k or call.plan.recall_k, top_n)
+        started = time.monotonic()
+        try:
+            recalled = await self.fleet.recall(
+                settings.recall, RecallRequest(query, k, call.request_id, call.deadline.remaining_s())
+            )
+        except StageFailure as failure:
+            raise _nothing_possible(failure) from failure
+        report = StageReport("recall", took_ms=(time.monotonic() - started) * 1e3)
+        candidates = recalled.candidates
+        ranking = await self._rank(
+            call,
+            call.plan.stages if rerank else (),
+            query,
+            [_text(candidate) for candidate in candidates],
+            [candidate.score for candidate in candidates],
+        )
+        ranking.reports.insert(0, report)
+        return candidates, ranking
+
+    async def rerank(self, call: Call, query: str, documents: list[str]) -> Ranking:
+        """The plan's stages over the caller's documents; BM25 over them where no stage could answer."""
+        check_query(call.settings, query)
+        check_documents(call.settings, documents)
+        return await self._rank(call, call.plan.stages, query, documents, None)
+
+    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], list[StageReport]]:
+        """The last stage's score of every (query, document) pair. There is no fallback: a score is a model's
+        number or an error."""
+        if not call.plan.stages:
+            raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
+        stage = call.plan.stages[-1]
+        check_documents(call.settings, [document for _, document in pairs], "text_2")
+        positions_of: dict[str, list[int]] = {}
+        for position, (query, _) in enumerate(pairs):
+            positions_of.setdefault(query, []).append(position)
+        for query in positions_of:
+            check_query(call.settings, query, "text_1")
+        scores = [0.0] * len(pairs)
+        reports: list[StageReport] = []
+        scorer = self._scorer(call)
+        for query, positions in positions_of.items():
+            started = time.monotonic()
+            try:
+                result = await scorer(stage, query, [pairs[p][1] for p in positions], call.deadline.remaining_s())
+            except StageFailure as failure:
+                raise _nothing_possible(failure) from failure
+            for position, value in zip(positions, result.scores, strict=True):
+                scores[position] = value
+            report = StageReport(stage.variant, took_ms=(time.monotonic() - started) * 1e3)
+            report.count(result)
+            reports.append(report)
+        return scores, reports
+
+    async def _rank(
+        self,
+        call: Call,
+        stages: Sequence[Stage],
+        query: str,
+        documents: list[str],
+        recall_scores: list[float] | None,
+    ) -> Ranking:
+        ranking = await run(
+            stages,
+            call.plan.fusion,
+            query,
+            documents,
+            recall_scores,
+            score=self._scorer(call),
+            fallback_scores=lambda: asyncio.to_thread(_bounded_bm25, query, documents),
+            skip=_skipper(call, query),
+            deadline=call.deadline,
+        )
+        for report in ranking.reports:
+            if report.failure is not None:
+                logger.warning(
+                    "request %s degraded: %s: %s", call.request_id, report.failure.reason, report.failure.detail
+                )
+        return ranking
+
+    def _scorer(self, call: Call) -> Scorer:
+        async def score(stage: Stage, query: str, documents: list[str], timeout_s: float) -> ScoreResult:
+            # Blank documents never reach a model; they are worth the least.
+            written = [document for document in documents if not is_blank(document)]
+            if not written:
+                return ScoreResult([0.0] * len(documents), [], 0, 0, 0, "", 0.0)
+            request = ScoreRequest(
+                query=query,
+                documents=written,
+                instruction=call.instruction or stage.instruction,
+                max_tokens_per_doc=call.max_tokens_per_doc or stage.max_tokens_per_doc,
+                request_id=call.request_id,
+            )
+            pairs_per_call = call.settings.variants[stage.variant].pairs_per_call
+            try:
+                result = await self.fleet.score(stage.variant, request, pairs_per_call, timeout_s)
+            except PromptTooLongError as error:
+                raise ApiError("prompt_too_long", str(error), param="query") from None
+            if len(written) == len(documents):
+                return result
+            worst = min(0.0, *result.scores)
+            scores = iter(result.scores)
+            spread = [worst if is_blank(document) else next(scores) for document in documents]
+            return ScoreResult(
+                spread, [], result.tokens, result.cached_tokens, result.truncated, result.revision, result.took_ms
+            )
+
+        return score
+
+    def models(self) -> dict[str, Any]:
+        """Every name that `model` may have, in OpenAI's list shape."""
+        settings = self.settings
+        entries: list[dict[str, Any]] = []
+        for name, route in settings.routes.items():
+            entries.append({"id": name, "kind": "route", "weights": route.weights})
+        for name, pipeline in settings.pipelines.items():
+            entries.append({"id": name, "kind": "pipeline", **pipeline.model_dump(mode="json", exclude_none=True)})
+        for name in settings.variants:
+            running = self.fleet.running(name, "Reranker")
+            entries.append({"id": name, "kind": "variant", "running_replicas": running})
+        frame = {"object": "model", "created": 0, "owned_by": "serve-app"}
+        return {"object": "list", "data": [{**frame, **entry} for entry in entries]}
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Whether every application that a route's traffic needs has a replica, and what each one has."""
+        settings = self.settings
+        needed = [(settings.recall, "Recall")] if settings.recall else []
+        needed += [(variant, "Reranker") for variant in sorted(variants_in_use(settings))]
+        applications = {
+            app: {"status": self.fleet.status(app), "running_replicas": self.fleet.running(app, deployment)}
+            for app, deployment in needed
+        }
+        ready = all(application["running_replicas"] for application in applications.values())
+        body: dict[str, Any] = {"ready": ready, "applications": applications}
+        if self.settings_error is not None:
+            body["settings_error"] = self.settings_error
+        return ready, body
+
+
+def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
+    def skip(stage: Stage) -> str | None:
+        scripts = () if call.plan.by_variant else call.settings.variants[stage.variant].scripts
+        letter = foreign_letter(query, scripts)
+        if letter is None:
+            return None
+        return f"the query has {letter!r}, and variants.{stage.variant}.scripts is [{', '.join(scripts)}]"
+
+    return skip
+
+
+def _nothing_possible(failure: StageFailure) -> ApiError:
+    code = {"timeout": "deadline_exceeded", "overloaded": "overloaded"}.get(failure.reason, "unavailable")
+    return ApiError(code, failure.detail, retry_after_s=failure.retry_after_s)
+
+
+def _text(candidate: Candidate) -> str:
+    """What a reranker reads of a recalled document."""
+    return "\n".join(part for part in (candidate.title, candidate.text) if part)
+
+
+def _bounded_bm25(query: str, documents: list[str]) -> list[float]:
+    """BM25 squeezed into [0, 1), the range in which clients expect a relevance score."""
+    return [score / (1 + score) for score in lexical.bm25(query, documents)]

@@ -1,0 +1,205 @@
+"""The bodies clients send and get: our own search, and the rerank dialects of Jina, Cohere and vLLM.
+
+Only the wire is described here. Our own bodies refuse unknown fields (they are typing errors); the dialects
+ignore them, because their clients send fields that mean nothing here (`max_chunks_per_doc`, `user`, …).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TimeoutMs = Annotated[int | None, Field(default=None, ge=1, description="Deadline in ms; the route's if absent.")]
+TopN = Annotated[int | None, Field(default=None, ge=1, description="How many results to answer with.")]
+Instruction = Annotated[
+    str | None,
+    Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="What counts as relevant, for models that read instructions; best written in English.",
+    ),
+]
+ModelName = Annotated[
+    str | None, Field(default=None, description="A route, a pipeline or a variant; see GET /v1/models.")
+]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class TextDocument(Body):
+    """A document as an object. `rank_fields` of the call may name other fields than `text`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    text: str | None = None
+
+
+class SearchBody(Body):
+    """`POST /v1/search`: the catalogue's best documents for a query."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    query: str
+    model: ModelName = None
+    route: str | None = Field(default=None, description="A route, where `model` could also name other things.")
+    recall_k: int | None = Field(default=None, ge=1, description="Recall depth; the pipeline's if absent.")
+    top_n: int = Field(default=10, ge=1, description="How many results to answer with.")
+    instruction: Instruction = None
+    timeout_ms: TimeoutMs = None
+    user: str | None = Field(
+        default=None, max_length=256, description="One user always gets the same pipeline of a route."
+    )
+    rerank: bool = Field(default=True, description="false: BM25 order, no model is asked.")
+    explain: bool = Field(default=False, description="Adds every stage's score to every result.")
+
+
+class RerankBody(Body):
+    """`POST /v1/rerank` and `/rerank`: Jina's, Cohere v1's and vLLM's body."""
+
+    model: ModelName = None
+    query: str | TextDocument
+    documents: list[str | TextDocument]
+    top_n: TopN = None
+    return_documents: bool | None = None
+    rank_fields: list[str] | None = Field(default=None, description="Fields of object documents to read.")
+    instruction: Instruction = None
+    max_tokens_per_doc: int | None = Field(
+        default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
+    )
+    timeout_ms: TimeoutMs = None
+    user: str | None = Field(default=None, max_length=256)
+
+
+class CohereV2Body(Body):
+    """`POST /v2/rerank`: Cohere v2's body; documents are strings."""
+
+    model: ModelName = None
+    query: str
+    documents: list[str]
+    top_n: TopN = None
+    max_tokens_per_doc: int | None = Field(
+        default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
+    )
+    instruction: Instruction = None
+    timeout_ms: TimeoutMs = None
+    user: str | None = Field(default=None, max_length=256)
+
+
+class ScoreBody(Body):
+    """`POST /v1/score`: vLLM's body. One text against many, or two lists of equal length pair by pair, under any
+    of vLLM's names: `text_1`/`text_2`, `queries`/`documents`, `queries`/`items`, `data_1`/`data_2`."""
+
+    model: ModelName = None
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
+    instruction: Instruction = None
+    max_tokens_per_doc: int | None = Field(default=None, ge=0)
+    timeout_ms: TimeoutMs = None
+
+    @model_validator(mode="after")
+    def _one_text_on_each_side(self) -> "ScoreBody":
+        self.pairs()
+        return self
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(query, document) for every score to be answered, in order."""
+        left = self._side("text_1", "queries", "data_1")
+        right = self._side("text_2", "documents", "items", "data_2")
+        if len(left) == 1:
+            left = left * len(right)
+        if len(left) != len(right):
+            raise ValueError(
+                f"text_1 has {len(left)} texts and text_2 has {len(right)}; "
+                "allowed: one against any number, or as many on both sides"
+            )
+        return list(zip(left, right, strict=True))
+
+    def _side(self, *names: str) -> list[str]:
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
+        value: str | list[str] = getattr(self, given[0])
+        return [value] if isinstance(value, str) else value
+
+
+class Degraded(BaseModel):
+    """Why an answer is less than the pipeline can do."""
+
+    stage: str = Field(description="The variant that did not contribute.")
+    reason: Literal["unavailable", "timeout", "overloaded", "error"]
+    detail: str
+
+
+class StageMeta(BaseModel):
+    name: str = Field(description="`recall`, or the variant.")
+    took_ms: float
+    pairs: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+    truncated: int = Field(default=0, description="Documents that lost tokens.")
+    skipped: str | None = Field(default=None, description="Why the stage was left out on purpose.")
+
+
+class Meta(BaseModel):
+    """How the answer came about."""
+
+    model_config = ConfigDict(extra="allow")
+    route: str | None
+    pipeline: str | None
+    variants: list[str]
+    stages: list[StageMeta]
+    degraded: list[Degraded] | None = Field(default=None, description="Absent when nothing was left out.")
+    took_ms: float
+
+
+class SearchResult(BaseModel):
+    id: str
+    score: float
+    recall_score: float
+    rerank_score: float | None
+    title: str
+    text: str
+    document: dict[str, Any] = Field(description="The further fields of the indexed document.")
+    stages: list[dict[str, Any]] | None = Field(default=None, description="With `explain`: every score.")
+
+
+class SearchAnswer(BaseModel):
+    id: str
+    query: str
+    results: list[SearchResult]
+    meta: Meta
+
+
+class RerankResult(BaseModel):
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | None = None
+
+
+class RerankAnswer(BaseModel):
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: dict[str, int]
+    meta: Meta
+
+
+class ScoreAnswer(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[dict[str, Any]]
+    usage: dict[str, int]
+    meta: Meta
+
+
+class ErrorBody(BaseModel):
+    message: str
+    error: dict[str, Any]
+    id: str

@@ -1,0 +1,318 @@
+"""The gateway's HTTP surface over a fleet double: dialects, limits and the one error body."""
+
+import json
+
+import pytest
+
+from serve_app.gateway.errors import CODES
+from serve_app.gateway.pipeline import StageFailure
+from serve_app.reranker.messages import PromptTooLongError
+from tests.unit.gateway_double import DOCUMENTS, SETTINGS, FleetDouble, Gateway
+
+
+@pytest.fixture(scope="module")
+def gateway():
+    return Gateway()
+
+
+def failing(failure):
+    def scores(variant, request):
+        raise failure
+
+    return Gateway(FleetDouble(scores))
+
+
+def test_search_shows_recall_rerank_and_final_scores(gateway):
+    answer = gateway.post("/v1/search", {"query": "cats", "top_n": 3, "model": "fused"}).json()
+    assert [r["id"] for r in answer["results"]] == sorted((r["id"] for r in answer["results"]), key=int)
+    first = answer["results"][0]
+    assert first["recall_score"] == 10.0 - int(first["id"])
+    assert first["rerank_score"] == int(first["id"]) / 10
+    assert 0 <= first["score"] <= 1
+    assert first["document"] == {"price": int(first["id"])}
+    assert answer["meta"]["pipeline"] == "fused"
+    assert [stage["name"] for stage in answer["meta"]["stages"]] == ["recall", "small"]
+    assert "degraded" not in answer["meta"]
+
+
+def test_search_without_rerank_keeps_the_order_of_recall(gateway):
+    answer = gateway.post("/v1/search", {"query": "cats", "rerank": False}).json()
+    assert [r["id"] for r in answer["results"]] == [str(i) for i in range(10)]
+    assert {r["rerank_score"] for r in answer["results"]} == {None}
+
+
+def test_search_recalls_at_least_what_is_to_be_shown():
+    fleet = FleetDouble()
+    seen = []
+    recalls = fleet.recalls
+    fleet.recalls = lambda request: seen.append(request.k) or recalls(request)
+    Gateway(fleet).post("/v1/search", {"query": "cats", "top_n": 30})
+    Gateway(fleet).post("/v1/search", {"query": "cats", "recall_k": 7, "top_n": 2})
+    assert seen == [30, 7]
+
+
+def test_explain_lists_the_score_of_every_stage(gateway):
+    body = {"query": "cats", "model": "cascade", "explain": True}
+    first = gateway.post("/v1/search", body).json()["results"][0]
+    assert [stage["stage"] for stage in first["stages"]] == ["recall", "small", "large"]
+
+
+def test_cohere_v1_answers_without_documents_unless_asked(gateway):
+    body = {"query": "cats", "documents": DOCUMENTS, "top_n": 2, "model": "small"}
+    answer = gateway.post("/v1/rerank", body).json()
+    assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == [(9, 0.9), (8, 0.8)]
+    assert "document" not in answer["results"][0]
+    assert answer["meta"]["api_version"]["version"]
+    body["return_documents"] = True
+    assert gateway.post("/v1/rerank", body).json()["results"][0]["document"] == {"text": DOCUMENTS[9]}
+
+
+def test_rerank_takes_object_documents_and_rank_fields():
+    fleet = FleetDouble(lambda variant, request: [0.5] * len(request.documents))
+    gateway = Gateway(fleet)
+    documents = [{"text": "a", "brand": "N", "tags": ["x"]}, "b"]
+    answer = gateway.post("/rerank", {"query": "q", "documents": documents, "model": "small"}).json()
+    assert fleet.asked[0][1].documents == ["a", "b"]
+    assert [r["document"] for r in answer["results"]] == [documents[0], {"text": "b"}]
+    body = {"query": "q", "documents": documents[:1], "rank_fields": ["brand", "tags"], "model": "small"}
+    assert gateway.post("/v1/rerank", body).status_code == 200
+    assert fleet.asked[1][1].documents == ['brand: N\ntags: ["x"]']
+
+
+def test_ties_keep_the_order_of_the_documents():
+    gateway = Gateway(FleetDouble(lambda variant, request: [0.5] * len(request.documents)))
+    answer = gateway.post("/v2/rerank", {"query": "q", "documents": DOCUMENTS, "model": "small"}).json()
+    assert [r["index"] for r in answer["results"]] == list(range(10))
+
+
+def test_cohere_v2_refuses_object_documents(gateway):
+    response = gateway.post("/v2/rerank", {"query": "q", "documents": [{"text": "a"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "documents[0]"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
+)
+def test_score_takes_every_name_that_vllm_takes(gateway, left, right):
+    body = {left: "q", right: DOCUMENTS[:3], "model": "small"}
+    answer = gateway.post("/v1/score", body).json()
+    assert [entry["score"] for entry in answer["data"]] == [0.0, 0.1, 0.2]
+    assert [entry["index"] for entry in answer["data"]] == [0, 1, 2]
+    assert answer["usage"]["total_tokens"] == 21
+
+
+def test_score_pairs_two_lists_position_by_position(gateway):
+    body = {"text_1": ["a", "b", "a"], "text_2": DOCUMENTS[:3], "model": "small"}
+    assert [e["score"] for e in gateway.post("/score", body).json()["data"]] == [0.0, 0.1, 0.2]
+
+
+def test_score_never_falls_back():
+    response = failing(StageFailure("unavailable", "small is down", 5)).post(
+        "/v1/score", {"text_1": "q", "text_2": "d", "model": "small"}
+    )
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "5"
+    assert response.json()["error"]["code"] == "unavailable"
+
+
+def test_plain_rerank_falls_back_to_bm25_and_says_so():
+    gateway = failing(StageFailure("overloaded", "small has too many calls waiting"))
+    documents = ["a dog", "two cats and a cat", "nothing"]
+    answer = gateway.post("/v1/rerank", {"query": "cats", "documents": documents, "model": "small"}).json()
+    assert answer["results"][0]["index"] == 1
+    assert all(0 <= r["relevance_score"] < 1 for r in answer["results"])
+    assert answer["meta"]["degraded"] == [
+        {"stage": "small", "reason": "overloaded", "detail": "small has too many calls waiting"}
+    ]
+
+
+def test_search_falls_back_to_the_order_of_recall_and_says_so():
+    answer = failing(StageFailure("timeout", "small did not answer")).post("/v1/search", {"query": "cats"}).json()
+    assert [r["id"] for r in answer["results"]] == [str(i) for i in range(10)]
+    assert answer["meta"]["degraded"][0]["reason"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"), [("timeout", 504), ("overloaded", 503), ("unavailable", 503), ("error", 503)]
+)
+def test_search_without_recall_is_an_error(reason, status):
+    fleet = FleetDouble()
+
+    def recalls(request):
+        raise StageFailure(reason, "catalogue is gone", 3)
+
+    fleet.recalls = recalls
+    response = Gateway(fleet).post("/v1/search", {"query": "cats"})
+    assert response.status_code == status
+    assert response.json()["message"] == "catalogue is gone"
+
+
+def test_a_stage_skips_queries_in_scripts_its_model_does_not_know():
+    fleet = FleetDouble()
+    gateway = Gateway(fleet)
+    answer = gateway.post("/v1/search", {"query": "降噪耳机 headphones"}).json()
+    assert not fleet.asked
+    assert "scripts" in answer["meta"]["stages"][1]["skipped"]
+    assert "degraded" not in answer["meta"]
+    gateway.post("/v1/search", {"query": "降噪耳机", "model": "small"})
+    assert [variant for variant, _ in fleet.asked] == ["small"]
+
+
+def test_blank_documents_never_reach_a_model_and_come_last():
+    fleet = FleetDouble(lambda variant, request: [0.1, 0.2])
+    documents = ["", "x", "  \n", "y"]
+    answer = Gateway(fleet).post("/v1/rerank", {"query": "q", "documents": documents, "model": "small"}).json()
+    assert fleet.asked[0][1].documents == ["x", "y"]
+    assert [r["index"] for r in answer["results"]] == [3, 1, 0, 2]
+
+
+def test_a_prompt_without_room_is_the_callers_error():
+    response = failing(PromptTooLongError("query and instruction have 900 tokens; max_model_len is 512")).post(
+        "/v1/search", {"query": "cats"}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "prompt_too_long"
+
+
+RERANK = {"query": "q", "documents": ["a", "b"]}
+
+BAD_CALLS = {
+    "empty body": ("/v1/search", b"", 400, "invalid_json", None),
+    "half a body": ("/v1/search", b'{"query": "a', 400, "invalid_json", None),
+    "invalid UTF-8": ("/v1/search", b'{"query": "\xff\xfe"}', 400, "invalid_json", None),
+    "lone surrogate": ("/v1/search", rb'{"query": "\ud800"}', 400, "invalid_json", None),
+    "NaN": ("/v1/rerank", b'{"query": "q", "documents": ["a"], "top_n": NaN}', 400, "invalid_json", None),
+    "infinity": (
+        "/v1/rerank",
+        b'{"query": "q", "documents": ["a"], "top_n": -Infinity}',
+        400,
+        "invalid_json",
+        None,
+    ),
+    "deep nesting": ("/v1/search", b"[" * 10_000, 400, "invalid_json", None),
+    "not an object": ("/v1/search", [1], 400, "invalid_request", None),
+    "no query": ("/v1/search", {}, 400, "invalid_request", "query"),
+    "blank query": ("/v1/search", {"query": " \n\t"}, 400, "invalid_request", "query"),
+    "query of a number": ("/v1/search", {"query": 3}, 400, "invalid_request", "query"),
+    "long query": ("/v1/search", {"query": "x" * 101}, 400, "limit_exceeded", "query"),
+    "unknown field": ("/v1/search", {"query": "q", "recal_k": 3}, 400, "invalid_request", "recal_k"),
+    "unknown model": ("/v1/search", {"query": "q", "model": "nope"}, 404, "model_not_found", "model"),
+    "unknown route": ("/v1/search", {"query": "q", "route": "one"}, 404, "model_not_found", "route"),
+    "deep recall": ("/v1/search", {"query": "q", "recall_k": 51}, 400, "limit_exceeded", "recall_k"),
+    "many results": ("/v1/search", {"query": "q", "top_n": 51}, 400, "limit_exceeded", "top_n"),
+    "no results": ("/v1/search", {"query": "q", "top_n": 0}, 400, "invalid_request", "top_n"),
+    "no time": ("/v1/search", {"query": "q", "timeout_ms": 0}, 400, "invalid_request", "timeout_ms"),
+    "too much time": ("/v1/search", {"query": "q", "timeout_ms": 10**9}, 400, "limit_exceeded", "timeout_ms"),
+    "no documents": ("/v1/rerank", {**RERANK, "documents": []}, 400, "invalid_request", "documents"),
+    "blank documents": ("/v1/rerank", {**RERANK, "documents": ["", " "]}, 400, "invalid_request", "documents"),
+    "null document": ("/v1/rerank", {**RERANK, "documents": ["a", None]}, 400, "invalid_request", "documents[1]"),
+    "object without text": (
+        "/v1/rerank",
+        {**RERANK, "documents": ["a", {"title": "t"}]},
+        400,
+        "invalid_request",
+        "documents[1].text",
+    ),
+    "too many documents": ("/v1/rerank", {**RERANK, "documents": ["a"] * 21}, 400, "limit_exceeded", "documents"),
+    "too large a body": ("/v1/rerank", {**RERANK, "documents": ["a" * 30_000]}, 413, "body_too_large", None),
+    "uneven lists": ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, 400, "invalid_request", None),
+    "one side only": ("/v1/score", {"text_1": "a"}, 400, "invalid_request", None),
+    "no reranker": ("/v1/score", {"text_1": "a", "text_2": "b", "model": "bm25"}, 400, "invalid_request", "model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_get_the_one_error_body(gateway, name):
+    path, body, status, code, param = BAD_CALLS[name]
+    before = len(gateway.fleet.asked)
+    response = gateway.post(path, body)
+    error = response.json()
+    assert (response.status_code, error["error"]["code"]) == (status, code), error
+    assert error["error"]["param"] == param, error
+    assert error["message"] == error["error"]["message"]
+    assert CODES[code] == (status, error["error"]["type"])
+    assert error["id"] == response.headers["x-request-id"]
+    assert len(gateway.fleet.asked) == before
+    assert gateway.post("/v1/search", {"query": "still here"}).status_code == 200
+
+
+def test_a_limit_is_named_with_what_was_seen(gateway):
+    message = gateway.post("/v1/rerank", {**RERANK, "documents": ["a"] * 21}).json()["message"]
+    assert message == "documents has 21 documents; limits.max_documents is 20"
+
+
+def test_unknown_paths_and_methods_get_the_error_body(gateway):
+    for method, path, status, code in (
+        ("GET", "/nope", 404, "not_found"),
+        ("GET", "/v1/search", 405, "method_not_allowed"),
+    ):
+        response = gateway.request(method, path)
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == code
+
+
+def test_compressed_bodies_are_refused(gateway):
+    response = gateway.post("/v1/search", b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "9" * 12, "²"])
+def test_a_bad_timeout_header_is_refused(gateway, value):
+    headers = {"X-Timeout-Ms": value.encode()}
+    assert gateway.post("/v1/search", {"query": "q"}, headers=headers).status_code == 400
+
+
+def test_request_ids_come_back_when_a_log_can_carry_them(gateway):
+    headers = {"X-Request-Id": "abc-123"}
+    response = gateway.post("/v1/search", {"query": "q"}, headers=headers)
+    assert response.headers["x-request-id"] == response.json()["id"] == "abc-123"
+    headers = {"X-Request-Id": "two words\x7f"}
+    assert (
+        gateway.post("/v1/search", {"query": "q"}, headers=headers).headers["x-request-id"]
+        != headers["X-Request-Id"]
+    )
+
+
+def test_too_many_calls_at_once_are_turned_away():
+    gateway = Gateway(settings={**SETTINGS, "limits": {**SETTINGS["limits"], "max_concurrent_calls": 1}})
+    gateway.service.enter()
+    response = gateway.post("/v1/search", {"query": "q"})
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    gateway.service.leave()
+    assert gateway.post("/v1/search", {"query": "q"}).status_code == 200
+
+
+def test_a_fault_of_ours_is_a_500_that_gives_nothing_away():
+    def scores(variant, request):
+        raise RuntimeError("secret")
+
+    response = Gateway(FleetDouble(scores)).post("/v1/search", {"query": "q"})
+    assert response.status_code == 500
+    assert "secret" not in response.text
+
+
+def test_models_lists_every_name(gateway):
+    entries = gateway.request("GET", "/v1/models").json()["data"]
+    kinds = {entry["id"]: entry["kind"] for entry in entries}
+    assert kinds["default"] == "route"
+    assert kinds["cascade"] == "pipeline"
+    assert kinds["small"] == "variant"
+
+
+def test_openapi_describes_every_body(gateway):
+    schema = gateway.request("GET", "/openapi.json").json()
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            if method == "post":
+                reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+                assert reference.rpartition("/")[2] in schema["components"]["schemas"], path
+    assert "$defs" not in json.dumps(schema)
+
+
+def test_refused_settings_leave_the_old_ones_in_force():
+    gateway = Gateway()
+    gateway.service.configure({**SETTINGS, "routes": {"default": {"weights": {"nope": 1}}}})
+    assert gateway.post("/v1/search", {"query": "q"}).status_code == 200
+    assert "nope" in gateway.request("GET", "/readyz").json()["settings_error"]
