@@ -1,6 +1,8 @@
 """What the recall deployment is asked and answers; plain data, shared with its callers."""
 
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +33,15 @@ class RecallResult:
 
     candidates: list[Candidate]
     took_ms: float
+
+    def __reduce__(self) -> "tuple[Any, ...]":
+        # Pickled as columns: 200 frozen dataclasses one by one cost more than the search that found them.
+        columns = tuple(zip(*map(_VALUES, self.candidates), strict=True))
+        return _result, (columns, self.took_ms)
+
+
+_VALUES = attrgetter("id", "score", "title", "text", "source")
+
+
+def _result(columns: tuple[tuple[Any, ...], ...], took_ms: float) -> RecallResult:
+    return RecallResult(list(map(Candidate, *columns)) if columns else [], took_ms)

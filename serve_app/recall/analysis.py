@@ -1,0 +1,200 @@
+"""How text becomes terms, for documents and queries alike.
+
+tantivy does the work: words, lower case, Latin letters without diacritics, English stop words and stems.
+Python only prepares what tantivy's word splitting gets wrong, and leaves plain English text alone:
+
+- Unicode is brought to one form (NFKC without diacritics), so `ＷＨ`, `wh` and `café`, `cafe` are the same.
+- Scripts written without spaces (Chinese, Japanese, Korean, Thai, Lao) become overlapping pairs of characters,
+  and single characters for queries of one character: `降噪耳机` is searched as `降噪 噪耳 耳机`.
+- `WH-1000XM4` is `wh`, `1000xm4` and also `wh1000xm4`; queries join neighbours (`wh 1000xm4`) and split words
+  where letters meet digits (`iphone15`) too. `10,000mAh` is also `10000mah`.
+- `C++` and `C#` are the words `cplusplus` and `csharp`; `getUserName` is also `get`, `user` and `name`.
+
+All of it is added as words to the text that is indexed, so that one BM25 statistic per field serves all languages.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+
+import tantivy
+
+# Goes into every index; an index of another version is refused, because its terms would not be found.
+VERSION = 1
+
+# A longer query is cut here: its terms are bounded anyway (`tantivy_index.MAX_TERMS`).
+MAX_QUERY_CHARS = 8_192
+
+# Weight of the parts of a word that the query doesn't have as such: `128` and `gb` for `128gb`.
+PART_WEIGHT = 0.5
+
+# Tokens of more bytes are dropped (base64, URLs without separators).
+_MAX_TOKEN_BYTES = 128
+
+# Not indexed in texts, where they are a third of all words; kept in titles for queries with nothing else (`It`).
+_STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+    "this to was will with"
+)
+# Not searched when the query has other words. They are indexed, so `The Who` can be found.
+_QUESTION_WORDS = (
+    "am did do does had has have how i me my our than us was we were what when where which who whom whose why you "
+    "your"
+)
+
+_UNSPACED = (
+    "\u0e01-\u0e30\u0e32-\u0e3a\u0e40-\u0e46\u0e81-\u0ec6"  # Thai, Lao
+    "\u1100-\u11ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3041-\u3096\u309d-\u309f"
+    "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u318e\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\ua960-\ua97c\uac00-\ud7fb\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
+_WORD = re.compile(f"[^\\W_{_UNSPACED}]+")
+# Latin, Greek and Cyrillic diacritics; tone marks of Thai and Lao.
+_MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
+_HYPHENS = str.maketrans("‐‑‒–−", "-----")
+
+# Quick looks that most texts fail: both start at a character that is rare in prose.
+_SEPARATED = re.compile(r"[-_](?<=[^\W_].)(?=[^\W_])|,(?<=[0-9].)(?=[0-9])|[+#](?<=[A-Za-z].)")
+_HUMP = re.compile(r"[a-z][A-Z]")
+
+_HYPHENATED = re.compile(r"[^\W_]+(?:[-_][^\W_]+)+")
+_THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
+_C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
+_CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
+_HUMPS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+")
+_LETTERS_OR_DIGITS = re.compile(r"\d+|[^\W\d_]+")
+_DIGIT = re.compile(r"\d")
+
+_MAX_JOINED = 6  # parts of a hyphenated word that are joined; longer chains are dates, paths and UUIDs
+_MAX_NEIGHBOURS = 4  # words of a query that are joined: `wh 1000 xm 4`
+_MAX_CODES = 16  # words of a query that are joined or split; the rest of a long query is searched as it is
+
+
+def title_analyzer() -> tantivy.TextAnalyzer:
+    return _analyzer("")
+
+
+def text_analyzer() -> tantivy.TextAnalyzer:
+    return _analyzer(_STOP_WORDS)
+
+
+class QueryAnalyzer:
+    """Turns a query into weighted terms. Nothing in the query is syntax."""
+
+    def __init__(self) -> None:
+        self._all = title_analyzer()
+        self._content = _analyzer(f"{_STOP_WORDS} {_QUESTION_WORDS}")
+
+    def terms(self, query: str) -> dict[str, float]:
+        """Distinct terms with their weights, in the query's order. Empty when it has no letters or digits."""
+        folded = fold(query[:MAX_QUERY_CHARS])
+        words = _with_codes(_separated(folded, singles=False))
+        # Only stop words: better searched in the titles than not at all.
+        content = self._content.analyze(words) or self._all.analyze(words)
+        terms = dict.fromkeys(content, 1.0)
+        joined, parts = _spellings(folded, lambda word: bool(self._content.analyze(word)))
+        for spelling, weight in ((joined, 1.0), (parts, PART_WEIGHT)):
+            for term in self._all.analyze(" ".join(spelling)):
+                terms.setdefault(term, weight)
+        return terms
+
+
+def document_text(text: str) -> str:
+    """`text` as it is given to tantivy: the same object for plain ASCII prose, else with words added."""
+    if text.isascii():
+        return _with_codes(text)
+    return _with_codes(_separated(fold(text), singles=True))
+
+
+def fold(text: str) -> str:
+    """NFKC without diacritics. Case stays, because it shows where words of an identifier begin."""
+    if text.isascii():
+        return text
+    plain = _MARKS.sub("", unicodedata.normalize("NFKD", text))
+    return unicodedata.normalize("NFKC", plain).replace("ß", "ss").replace("ς", "σ").translate(_HYPHENS)
+
+
+def _analyzer(stop_words: str) -> tantivy.TextAnalyzer:
+    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
+    builder = builder.filter(tantivy.Filter.remove_long(_MAX_TOKEN_BYTES))
+    builder = builder.filter(tantivy.Filter.lowercase()).filter(tantivy.Filter.ascii_fold())
+    if stop_words:
+        builder = builder.filter(tantivy.Filter.custom_stopword(stop_words.split()))
+    return builder.filter(tantivy.Filter.stemmer("english")).build()
+
+
+def _separated(text: str, *, singles: bool) -> str:
+    """Runs of unspaced scripts as pairs; `singles` adds each character, which documents need for short queries."""
+    if text.isascii():
+        return text
+
+    def grams(match: re.Match[str]) -> str:
+        run = match[0]
+        pairs = [run[i : i + 2] for i in range(len(run) - 1)]
+        return f" {' '.join([*run, *pairs] if singles or not pairs else pairs)} "
+
+    return _UNSPACED_RUN.sub(grams, text)
+
+
+def _with_codes(text: str) -> str:
+    """`text` and, after it, the other spellings of its hyphenated words, numbers and identifiers."""
+    added: list[str] = []
+    if _HUMP.search(text):
+        for camel in _CAMEL.findall(text):
+            added += _HUMPS.findall(camel)
+    if _SEPARATED.search(text):
+        for hyphenated in _HYPHENATED.findall(text):
+            added += _joined(re.split("[-_]", hyphenated))
+        added += [number.replace(",", "") for number in _THOUSANDS.findall(text)]
+        text = _C_FAMILY.sub(lambda c: c[1] + ("sharp" if c[2] == "#" else "plusplus"), text)
+    return f"{text} {' '.join(added)}" if added else text
+
+
+def _joined(parts: list[str]) -> Iterator[str]:
+    """All parts of a hyphenated word as one; for codes also their beginnings (`WH-1000XM4-B`: `WH1000XM4`)."""
+    for n in range(2, min(len(parts), _MAX_JOINED) + 1):
+        word = "".join(parts[:n])
+        if n == len(parts) or _DIGIT.search(word):
+            yield word
+
+
+def _spellings(folded: str, is_content: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Other spellings of a query's codes: neighbours as one word, and the parts of words of letters and digits."""
+    runs = [_WORD.findall(run) for run in _UNSPACED_RUN.split(folded)]
+    joined: list[str] = []
+    pairs: list[str] = []
+    codes: list[str] = []
+    for words in runs:
+        for i, word in enumerate(words):
+            if len(joined) + len(codes) >= _MAX_CODES:
+                break
+            codes += [word] if _is_mixed(word) else []
+            for n in range(2, min(_MAX_NEIGHBOURS, len(words) - i) + 1):
+                neighbours = words[i : i + n]
+                if _may_be_one_word(neighbours, is_content):
+                    joined.append("".join(neighbours))
+                    pairs += joined[-1:] if n == 2 and _is_mixed(joined[-1]) else []
+    return joined, list(_parts([*codes, *pairs]))
+
+
+def _may_be_one_word(neighbours: list[str], is_content: Callable[[str], bool]) -> bool:
+    """`wh 1000xm4` and `t shirt` may be; `noise cancelling` would only distort the scores."""
+    if any(len(word) > 20 for word in neighbours) or not all(map(is_content, neighbours)):
+        return False
+    has_digit = any(_DIGIT.search(word) for word in neighbours)
+    return has_digit or (len(neighbours) == 2 and min(map(len, neighbours)) <= 2)
+
+
+def _is_mixed(word: str) -> bool:
+    return 1 < len(_LETTERS_OR_DIGITS.findall(word)) <= _MAX_JOINED
+
+
+def _parts(words: Iterable[str]) -> Iterator[str]:
+    """Every beginning, middle and end of a word, cut where letters meet digits: `wh1000`, `xm4`, …"""
+    for word in words:
+        pieces = _LETTERS_OR_DIGITS.findall(word)
+        for i in range(len(pieces)):
+            for j in range(i + 1, len(pieces) + 1):
+                if j - i < len(pieces):
+                    yield "".join(pieces[i:j])

@@ -1,0 +1,15 @@
+"""The seam between the recall deployment and the engine that holds the catalogue."""
+
+from typing import Any, Protocol
+
+from serve_app.recall.messages import Candidate
+
+
+class Backend(Protocol):
+    """One catalogue, searchable. Methods are called from several threads at once."""
+
+    def search(self, query: str, k: int) -> list[Candidate]:
+        """At most `k` candidates, best first, equal scores in the catalogue's order. `query` is plain text."""
+
+    def stats(self) -> dict[str, Any]:
+        """`documents`, `bytes` (on disk) and what else the engine knows of its index; JSON values."""
