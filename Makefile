@@ -1,0 +1,52 @@
+# `make serve` and `make test` set up what is missing. `make help` lists everything.
+CONFIG ?= configs/local.yaml
+PORT ?=
+GPU ?=
+
+DEVICE := $(if $(filter 1,$(GPU)),gpu,cpu)
+# The two builds install the same modules, so each has an environment of its own.
+VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
+BIN := $(VENV)/bin
+INDEX := .run/index/catalog
+
+.PHONY: help setup setup-dev index serve stop lint test test-unit clean
+.SILENT:
+
+help:
+	echo "make serve [CONFIG=configs/local.yaml] [PORT=8000] [GPU=1]   serve a config in the foreground"
+	echo "make stop                  stop it from another terminal"
+	echo "make test | test-unit      all tests | those that need no engine"
+	echo "make setup | index | lint | clean"
+
+setup:
+	scripts/setup.sh $(VENV) $(DEVICE) run
+
+setup-dev:
+	scripts/setup.sh $(VENV) $(DEVICE) dev
+
+# Rebuilt when the catalogue is newer.
+index: setup
+	if [ ! -d $(INDEX) ] || [ examples/catalog.jsonl -nt $(INDEX)/manifest.json ]; then \
+	  $(BIN)/serve-app index build --input examples/catalog.jsonl --index $(INDEX); \
+	fi
+
+serve: setup index
+	exec $(BIN)/serve-app up $(CONFIG) $(if $(PORT),--port $(PORT))
+
+stop:
+	if [ -x $(BIN)/serve-app ]; then $(BIN)/serve-app down $(if $(PORT),--port $(PORT)); fi
+
+lint: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-unit: setup-dev
+	$(BIN)/pytest -q tests/unit
+
+test: lint test-unit
+	$(BIN)/pytest -q tests/commands
+	$(BIN)/pytest -q tests/system
+
+clean:
+	rm -rf .venv .venv-gpu .run .pytest_cache .mypy_cache .ruff_cache .hypothesis

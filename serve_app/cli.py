@@ -1,0 +1,205 @@
+"""`serve-app …`: thin, every command calls one function of the room that does the work."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from serve_app import __version__
+
+_URL = os.environ.get("SERVE_APP_URL", "http://127.0.0.1:8000")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; 0 when it did what it says, 1 when it could not, 2 for a wrong command line or config."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python must not complain while it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve-app", description="Two-stage search as a Ray Serve fleet.")
+    parser.add_argument("--version", action="version", version=f"serve-app {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="serve a config on this machine, in the foreground")
+    up.add_argument("config", type=Path)
+    up.add_argument("--port", type=_port, help="instead of the config's http_options.port")
+    up.add_argument("--verbose", action="store_true", help="show the logs of Ray and of every replica")
+    up.set_defaults(run=_up)
+
+    down = commands.add_parser("down", help="stop what `up` serves on this machine")
+    down.add_argument("--port", type=_port, default=8000)
+    down.set_defaults(run=_down)
+
+    check = commands.add_parser("check", help="validate a config without starting anything")
+    check.add_argument("config", type=Path, nargs="+")
+    check.set_defaults(run=_check)
+
+    index = commands.add_parser("index", help="work on a recall index").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    build = index.add_parser("build", help="build an index from JSON Lines, CSV or a BEIR folder")
+    build.add_argument(
+        "--input", type=Path, required=True, help="FILE.jsonl, FILE.csv, or a folder with corpus.jsonl"
+    )
+    build.add_argument("--index", type=Path, required=True, help="the folder to make or replace")
+    build.set_defaults(run=_index_build)
+
+    search = commands.add_parser("search", help="search the catalogue through a running gateway")
+    search.add_argument("query")
+    search.add_argument("--top-n", type=int, default=10)
+    search.set_defaults(run=_search)
+
+    rerank = commands.add_parser("rerank", help="rerank lines of text through a running gateway")
+    rerank.add_argument("query")
+    rerank.add_argument(
+        "documents", nargs="*", help="texts; read from standard input, one a line, when none is given"
+    )
+    rerank.add_argument("--top-n", type=int)
+    rerank.set_defaults(run=_rerank)
+
+    for command in (search, rerank):
+        command.add_argument("--model", help="a route, pipeline or variant")
+        command.add_argument("--instruction", help="what counts as relevant")
+        command.add_argument("--timeout-ms", type=int)
+        command.add_argument("--json", action="store_true", help="the answer as it came")
+
+    evaluate = commands.add_parser("eval", help="measure a running gateway on a BEIR-layout folder")
+    evaluate.add_argument("--dataset", type=Path, required=True, help="has queries.jsonl and qrels/test.tsv")
+    evaluate.add_argument("--route", help="only the pipelines of this route")
+    evaluate.add_argument("--model", action="append", help="only this pipeline or variant; may be repeated")
+    evaluate.add_argument("--limit", type=int, help="only the first so many queries")
+    evaluate.add_argument("--concurrency", type=int, default=4)
+    evaluate.add_argument("--timeout-s", type=float, default=30.0)
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(run=_eval)
+
+    for command in (search, rerank, evaluate):
+        command.add_argument("--url", default=_URL, help="of the gateway (or SERVE_APP_URL)")
+    return parser
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from serve_app.configfile import ConfigError, load
+    from serve_app.launch import LaunchError, up
+
+    try:
+        config = load(arguments.config)
+    except ConfigError as error:
+        return _complain(error, 2)
+    try:
+        up(config, arguments.port, arguments.verbose)
+    except LaunchError as error:
+        return _complain(error, 1)
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from serve_app.launch import LaunchError, down
+
+    try:
+        stopped = down(arguments.port)
+    except LaunchError as error:
+        return _complain(error, 1)
+    print("stopped" if stopped else f"nothing of ours serves on port {arguments.port}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from serve_app.configfile import ConfigError, load
+
+    failed = 0
+    for path in arguments.config:
+        try:
+            load(path)
+        except ConfigError as error:
+            failed = _complain(f"{path}:\n{error}", 2)
+        else:
+            print(f"{path}: ok")
+    return failed
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    body = {"query": arguments.query, "top_n": arguments.top_n, **_common(arguments)}
+    answer = _post(arguments.url, "/v1/search", body)
+    if answer is None:
+        return 1
+    if arguments.json:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        return 0
+    for result in answer["results"]:
+        rerank = "     -" if result["rerank_score"] is None else f"{result['rerank_score']:6.3f}"
+        title = result["title"] or result["text"][:80]
+        print(
+            f"{result['score']:6.3f}  bm25 {result['recall_score']:7.3f}  rerank {rerank}  {result['id']}  {title}"
+        )
+    _print_meta(answer["meta"])
+    return 0
+
+
+def _rerank(arguments: argparse.Namespace) -> int:
+    documents = arguments.documents or [line.rstrip("\n") for line in sys.stdin]
+    body = {"query": arguments.query, "documents": documents, **_common(arguments)}
+    if arguments.top_n is not None:
+        body["top_n"] = arguments.top_n
+    answer = _post(arguments.url, "/v1/rerank", body)
+    if answer is None:
+        return 1
+    if arguments.json:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        return 0
+    for result in answer["results"]:
+        print(f"{result['relevance_score']:6.3f}  {documents[result['index']]}")
+    _print_meta(answer["meta"])
+    return 0
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in ("model", "instruction", "timeout_ms")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _print_meta(meta: dict[str, Any]) -> None:
+    stages = ", ".join(f"{stage['name']} {stage['took_ms']:.1f} ms" for stage in meta["stages"])
+    print(f"{meta['pipeline'] or 'variant'}: {stages}; in all {meta['took_ms']:.1f} ms", file=sys.stderr)
+    for degraded in meta.get("degraded", ()):
+        print(f"degraded ({degraded['reason']}): {degraded['detail']}", file=sys.stderr)
+
+
+def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer's body; None when there is none, after saying why."""
+    import httpx
+
+    try:
+        response = httpx.post(url.rstrip("/") + path, json=body, timeout=90)
+        answer: dict[str, Any] = response.json()
+    except httpx.HTTPError as error:
+        _complain(f"no answer from {url}: {error}; is it up? (serve-app up CONFIG)", 1)
+        return None
+    except ValueError:
+        _complain(f"{url}{path} answered {response.status_code} with something that is not JSON", 1)
+        return None
+    if response.is_error:
+        _complain(f"{response.status_code}: {answer.get('message', answer)}", 1)
+        return None
+    return answer
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"serve-app: {message}", file=sys.stderr)
+    return code
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return int(text)

@@ -1,0 +1,163 @@
+"""A Serve config file, checked as a whole before anything is started.
+
+The file is Ray Serve's own. What is ours in it (`args`, the gateway's `user_config`) is validated with the models
+of `config.py`, and what the applications say of each other is compared.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from serve_app.config import Block, GatewayArgs, GatewaySettings, RecallArgs, RerankerArgs, closest, explain
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    args: type[Block]
+    deployments: tuple[str, ...]
+
+
+# Our builders by `import_path`. Applications of other people's are left to Serve.
+KINDS = {
+    "serve_app.gateway:build": _Kind(GatewayArgs, ("Gateway",)),
+    "serve_app.recall:build": _Kind(RecallArgs, ("Front", "Recall")),
+    "serve_app.reranker:build": _Kind(RerankerArgs, ("Front", "Reranker")),
+}
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config file, a problem a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A valid file: `raw` as Serve takes it, and our parts of it by application name."""
+
+    path: Path
+    raw: dict[str, Any]
+    recalls: dict[str, RecallArgs]
+    rerankers: dict[str, RerankerArgs]
+    gateways: dict[str, GatewaySettings]
+
+    @property
+    def host(self) -> str:
+        return str(self.raw.get("http_options", {}).get("host", "0.0.0.0"))
+
+    @property
+    def port(self) -> int:
+        return int(self.raw.get("http_options", {}).get("port", 8000))
+
+
+def load(path: Path) -> ConfigFile:
+    """Reads and checks `path`. Raises ConfigError with every problem found, each naming its place."""
+    raw = _read(path)
+    problems = _serve_problems(raw)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    found: dict[type[BaseModel], dict[str, Any]] = {RecallArgs: {}, RerankerArgs: {}, GatewayArgs: {}}
+    settings: dict[str, GatewaySettings] = {}
+    for i, application in enumerate(raw["applications"]):
+        where = f"applications[{i}]"
+        kind = KINDS.get(application["import_path"])
+        if kind is None:
+            problems += _mistyped_builder(where, application["import_path"])
+            continue
+        args = _validated(kind.args, application.get("args") or {}, f"{where}.args", problems)
+        if args is not None:
+            found[kind.args][application["name"]] = args
+        problems += _deployment_problems(where, application, kind)
+        if kind.args is GatewayArgs:
+            user_config = _gateway_user_config(application)
+            if user_config is None:
+                problems.append(
+                    f"{where}.deployments: the deployment Gateway has no user_config, so it serves nothing"
+                )
+            else:
+                place = f"{where}.deployments.Gateway.user_config"
+                checked = _validated(GatewaySettings, user_config, place, problems)
+                if checked is not None:
+                    settings[application["name"]] = checked
+                    problems += _missing_applications(place, checked, raw)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return ConfigFile(path, raw, found[RecallArgs], found[RerankerArgs], settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: is not a Serve config file (needs `applications:`)")
+    return raw
+
+
+def _serve_problems(raw: dict[str, Any]) -> list[str]:
+    """What Serve itself would refuse."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        ServeDeploySchema.model_validate(raw)
+    except ValidationError as error:
+        return explain(error, "config").splitlines()
+    return []
+
+
+def _validated(model: type[Any], value: Any, where: str, problems: list[str]) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems += explain(error, where).splitlines()
+        return None
+
+
+def _mistyped_builder(where: str, import_path: str) -> list[str]:
+    hint = closest(import_path, list(KINDS))
+    if import_path.startswith("serve_app.") or hint:
+        return [f"{where}.import_path is {import_path!r}; {hint or 'known: ' + ', '.join(KINDS)}"]
+    return []
+
+
+def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -> list[str]:
+    return [
+        f"{where}.deployments names {deployment['name']!r}; this application has {', '.join(kind.deployments)}"
+        for deployment in application.get("deployments") or []
+        if deployment["name"] not in kind.deployments
+    ]
+
+
+def _gateway_user_config(application: dict[str, Any]) -> Any:
+    for deployment in application.get("deployments") or []:
+        if deployment["name"] == "Gateway":
+            return deployment.get("user_config")
+    return None
+
+
+def _missing_applications(where: str, settings: GatewaySettings, raw: dict[str, Any]) -> list[str]:
+    """Names in the gateway's settings that no application of the right kind has. A deploy removes applications
+    that its file leaves out, so the file has to have them all."""
+    by_path: dict[str, list[str]] = {}
+    for application in raw["applications"]:
+        by_path.setdefault(application["import_path"], []).append(application["name"])
+    problems = []
+    wanted = [("serve_app.reranker:build", f"{where}.variants", name) for name in settings.variants]
+    if settings.recall is not None:
+        wanted.append(("serve_app.recall:build", f"{where}.recall", settings.recall))
+    for import_path, place, name in wanted:
+        there = by_path.get(import_path, [])
+        if name not in there:
+            problems.append(
+                f"{place} names {name!r}, but no application with import_path {import_path} has that name; "
+                f"there: {', '.join(there) or 'none'}"
+            )
+    return problems

@@ -1,0 +1,244 @@
+"""`serve-app up`: a Ray of its own and Serve on it, in the foreground, and nothing left behind afterwards."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from serve_app.configfile import ConfigFile
+
+# Engines of the largest models read their weights from a network disk.
+_START_LIMIT_S = 1800
+_STOP_LIMIT_S = 60
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class LaunchError(Exception):
+    """Why the fleet did not start, or did not stop, in one line or a few."""
+
+
+class _Stop(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
+    """Serves `config` until SIGINT or SIGTERM. Raises LaunchError when something does not start.
+
+    Ray, Serve's proxies and the engines are this process's descendants; whatever of them is alive at the end is
+    ended, also what Ray itself leaves (HAProxy, engine processes).
+    """
+    raw = dict(config.raw)
+    if port is not None:
+        raw["http_options"] = {**raw.get("http_options", {}), "port": port}
+    host, port = config.host, port or config.port
+    _refuse_taken(host, port)
+    _refuse_missing_indexes(config)
+    _adopt_orphans()
+    with _stop_on_signals(), _pid_file(port):
+        try:
+            _start(raw, verbose)
+            _print_ready(config, host, port)
+            while True:
+                signal.pause()
+        except _Stop:
+            print("\nstopping", flush=True)
+        finally:
+            _stop()
+
+
+def down(port: int) -> bool:
+    """Stops the `serve-app up` that serves on `port` of this machine; False when there is none."""
+    try:
+        pid = int(_pid_path(port).read_text())
+        process = psutil.Process(pid)
+        if "serve-app" not in " ".join(process.cmdline()):
+            return False
+        process.terminate()
+        process.wait(_STOP_LIMIT_S + 30)
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return False
+    except psutil.TimeoutExpired:
+        raise LaunchError(f"process {pid} did not stop; end it with: kill -9 {pid}") from None
+    return True
+
+
+def _start(raw: dict[str, Any], verbose: bool) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    # No usage reports from a machine that its owner did not ask.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _say("starting Ray")
+    ray.init(
+        namespace="serve",
+        log_to_driver=verbose,
+        logging_level="INFO" if verbose else "ERROR",
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+    )
+    schema = ServeDeploySchema.model_validate(raw)
+    http = schema.http_options.model_dump()
+    serve.start(proxy_location=schema.proxy_location, http_options=http)
+    # What `serve run FILE` does; Serve has no public call for a config file.
+    _get_global_client().deploy_apps(schema, _blocking=False)
+    _await_running([application.name for application in schema.applications])
+
+
+def _await_running(names: list[str]) -> None:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    said: dict[str, str] = {}
+    give_up_at = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < give_up_at:
+        applications = serve.status().applications
+        for name in names:
+            application = applications.get(name)
+            status = application.status if application else ApplicationStatus.NOT_STARTED
+            if said.get(name) != status.value:
+                said[name] = status.value
+                _say(f"{name}: {status.value}")
+            if application and status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise LaunchError(f"{name} did not start: {_failure(application)}\nlogs: {_logs()}")
+        if all(said[name] == ApplicationStatus.RUNNING.value for name in names):
+            return
+        time.sleep(0.5)
+    waiting = ", ".join(f"{name} is {status}" for name, status in said.items() if status != "RUNNING")
+    raise LaunchError(f"not everything started within {_START_LIMIT_S} s: {waiting}\nlogs: {_logs()}")
+
+
+def _failure(application: Any) -> str:
+    """The line that says what went wrong: the last of the traceback that Serve's message carries."""
+    messages = [application.message, *(d.message for d in application.deployments.values())]
+    for message in messages:
+        lines = [line for line in message.splitlines() if line and not line[0].isspace()]
+        errors = [line for line in lines if "Error: " in line or "Exception: " in line]
+        if errors:
+            start = message.rindex(errors[-1])
+            return str(message[start:]).strip()
+    return " ".join(filter(None, messages)) or "no reason given"
+
+
+def _print_ready(config: ConfigFile, host: str, port: int) -> None:
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    url = f"http://{shown}:{port}"
+    if config.recalls and any(settings.recall for settings in config.gateways.values()):
+        path, body = "/v1/search", '{"query": "wireless headphones that block out noise", "top_n": 3}'
+    else:
+        path, body = "/v1/rerank", '{"query": "capital of France", "documents": ["London", "Paris"]}'
+    _say(f"ready on {url} — try: curl -s {url}{path} -d '{body}'")
+
+
+def _stop() -> None:
+    """Ends Serve and Ray, then whatever descendant is still there; never leaves on a signal halfway."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    import ray
+
+    descendants = _descendants()
+    if ray.is_initialized():
+        # Serve's own shutdown lets calls under way finish; Ray's ends what is still there.
+        with contextlib.suppress(Exception):
+            from ray import serve
+
+            serve.shutdown()
+        ray.shutdown()
+    _end([*descendants, *_descendants()])
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=10)
+    if alive:
+        raise LaunchError(f"still running: {', '.join(str(process.pid) for process in alive)}")
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _adopt_orphans() -> None:
+    """Descendants whose parent ends become our children (Linux), so that none gets out of sight."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} on {host} cannot be used ({error.strerror}){_holder(port)}; "
+                "free it, or choose another: --port N, or PORT=N with make"
+            ) from None
+
+
+def _holder(port: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f": held by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _refuse_missing_indexes(config: ConfigFile) -> None:
+    for name, args in config.recalls.items():
+        if not Path(args.index).is_dir():
+            raise LaunchError(
+                f"{name}: there is no index in {args.index}; "
+                f"build it: serve-app index build --input FILE --index {args.index}"
+            )
+
+
+def _pid_path(port: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"serve-app-{os.getuid()}-{port}.pid"
+
+
+@contextlib.contextmanager
+def _pid_file(port: int) -> Iterator[None]:
+    path = _pid_path(port)
+    path.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    def stop(signum: int, frame: object) -> None:
+        raise _Stop
+
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _logs() -> str:
+    return str(Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs" / "serve")
+
+
+def _say(line: str) -> None:
+    print(f"serve-app: {line}", flush=True)

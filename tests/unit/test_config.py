@@ -1,0 +1,135 @@
+"""Configuration: every file in configs/ is valid, and what is wrong in a file is said with its place."""
+
+import copy
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from serve_app.config import GatewaySettings, RerankerArgs, explain
+from serve_app.configfile import ConfigError, load
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path):
+    config = load(path)
+    assert config.gateways
+    assert config.rerankers
+
+
+@pytest.fixture
+def fleet():
+    return yaml.safe_load((CONFIGS / "fleet.yaml").read_text())
+
+
+def problems_of(raw, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+def application(raw, name):
+    return next(a for a in raw["applications"] if a["name"] == name)
+
+
+def test_a_pipeline_that_names_an_unknown_variant_says_where(fleet, tmp_path):
+    user_config = application(fleet, "gateway")["deployments"][0]["user_config"]
+    user_config["pipelines"]["cascade"]["stages"][1]["variant"] = "qwen3-4B"
+    message = problems_of(fleet, tmp_path)
+    assert "pipelines.cascade.stages[1].variant is 'qwen3-4B'" in message
+    assert "did you mean 'qwen3-4b'?" in message
+
+
+def test_a_variant_without_an_application_is_found(fleet, tmp_path):
+    fleet["applications"] = [a for a in fleet["applications"] if a["name"] != "qwen3-8b"]
+    assert "variants names 'qwen3-8b', but no application" in problems_of(fleet, tmp_path)
+
+
+def test_every_problem_of_a_file_is_listed(fleet, tmp_path):
+    application(fleet, "qwen3-4b")["args"]["modell"] = application(fleet, "qwen3-4b")["args"].pop("model")
+    application(fleet, "qwen3-8b")["args"]["kind"] = "qwen"
+    application(fleet, "qwen3-0.6b")["deployments"][0]["name"] = "Rerankers"
+    application(fleet, "catalogue")["import_path"] = "serve_app.recal:build"
+    message = problems_of(fleet, tmp_path)
+    assert "applications[3].args.model" in message
+    assert "applications[3].args.modell" in message
+    assert "applications[4].args.kind" in message
+    assert "'Rerankers'" in message
+    assert "did you mean 'serve_app.recall:build'?" in message
+
+
+def test_a_gateway_without_settings_is_refused(fleet, tmp_path):
+    del application(fleet, "gateway")["deployments"][0]["user_config"]
+    assert "has no user_config" in problems_of(fleet, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("applications: [", "config.yaml:1: is not valid YAML"),
+        ("- a\n- b\n", "is not a Serve config file"),
+        ("applications:\n- name: a\n", "config.applications.0.import_path"),
+    ],
+)
+def test_files_that_serve_itself_would_refuse_are_named(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(textwrap.dedent(text))
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load(tmp_path / "nope.yaml")
+
+
+SETTINGS = {
+    "variants": {"a": {}},
+    "pipelines": {"p": {"recall_k": 50, "stages": [{"variant": "a", "keep": 10}]}},
+    "routes": {"default": {"weights": {"p": 1}}},
+}
+
+
+def refused(change):
+    settings = copy.deepcopy(SETTINGS)
+    change(settings)
+    with pytest.raises(ValidationError) as caught:
+        GatewaySettings.model_validate(settings)
+    return explain(caught.value, "user_config")
+
+
+def test_keep_may_not_grow_along_a_pipeline():
+    message = refused(lambda s: s["pipelines"]["p"]["stages"].append({"variant": "a", "keep": 20}))
+    assert "pipelines.p: stages[1].keep is 20, but stages[0] keeps 10" in message
+    message = refused(lambda s: s["pipelines"]["p"]["stages"][0].update(keep=51))
+    assert "stages[0].keep is 51, but recall_k is 50" in message
+
+
+def test_weights_must_name_pipelines_and_not_all_be_zero():
+    assert "'q', which is not under pipelines" in refused(lambda s: s["routes"]["default"]["weights"].update(q=1))
+    assert "all weights are 0" in refused(lambda s: s["routes"]["default"].update(weights={"p": 0}))
+    assert "weights.p" in refused(lambda s: s["routes"]["default"].update(weights={"p": -1}))
+
+
+def test_a_name_stands_for_one_thing():
+    assert "pipelines.default has the name of routes.default" in refused(
+        lambda s: s["pipelines"].update(default={})
+    )
+
+
+def test_limits_hold_for_the_settings_themselves():
+    assert "limits.max_recall_k is 20" in refused(lambda s: s.update(limits={"max_recall_k": 20}))
+    assert "limits.max_timeout_ms is 100" in refused(lambda s: s.update(limits={"max_timeout_ms": 100}))
+
+
+def test_settings_of_another_kind_are_refused():
+    with pytest.raises(ValidationError, match="instruction is set, but kind bi-encoder takes none"):
+        RerankerArgs(model="m", kind="bi-encoder", instruction="i")
+    with pytest.raises(ValidationError, match="query_prefix is set, but kind cross-encoder takes none"):
+        RerankerArgs(model="m", kind="cross-encoder", query_prefix="query: ")
