@@ -1,0 +1,144 @@
+"""What a model reads: token ids for each document of a call, built from pieces that are encoded once.
+
+One class for each kind of model; all have `build(request) -> Prompts`. Only document tokens are ever cut.
+Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says.
+"""
+
+import re
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from serve_app.config import YesNoPrompt
+from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
+from serve_app.reranker.tokens import Template, encode_batch, pair_template, plain, text_template
+
+# Cut between head and document, these give the same tokens as the whole does, if the tokenizer allows it at all.
+_CUT_SAMPLES = ["Paris", " two  spaces", "\nnew line", "2 + 2", "中文", "é", "\u0301", "🙂", "'s", ":) ", "\t", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`second_from` is the position of the first token of type 1, for models that have token types."""
+
+    ids: list[int]
+    second_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """`prompts` in the order of the documents; bi-encoders have the query before them. `truncated` counts
+    the documents that lost tokens."""
+
+    prompts: list[Prompt]
+    truncated: int
+
+
+class YesNoPrompts:
+    """Prompts of causal yes/no rerankers: the published example's token ids, but for cuts and control tokens.
+
+    `<prefix><Instruct>: {instruction}\\n<Query>: {query}\\n<Document>: {document}<suffix>`, where the middle part
+    is encoded as plain text. The document is encoded with the space before it: a cut there gives the tokens
+    of the whole, a cut after the space does not. Tokenizers that join over the cut get the whole each time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: YesNoPrompt, instruction: str, max_model_len: int) -> None:
+        for name in ("yes", "no"):
+            if tokenizer.token_to_id(getattr(prompt, name)) is None:
+                raise ValueError(
+                    f"prompt.{name} is {getattr(prompt, name)!r}, which is no single token of the model"
+                )
+        for name in ("prefix", "suffix"):
+            for control in re.findall(r"<\|\w+\|>", getattr(prompt, name)):
+                if tokenizer.token_to_id(control) is None:
+                    raise ValueError(
+                        f"prompt.{name} holds {control}, which is no token of the model; "
+                        "set `prompt` to what the model was trained with"
+                    )
+        self._plain = plain(tokenizer)
+        self._prefix = tokenizer.encode(prompt.prefix, add_special_tokens=False).ids
+        self._suffix = tokenizer.encode(prompt.suffix, add_special_tokens=False).ids
+        self._instruction = instruction
+        self._max_model_len = max_model_len
+        self._cuts = self._can_cut()
+
+    def build(self, request: ScoreRequest) -> Prompts:
+        """Raises PromptTooLongError if instruction and query leave no room for a document."""
+        instruction = self._instruction if request.instruction is None else request.instruction
+        head = f"<Instruct>: {instruction}\n<Query>: {request.query}\n<Document>:"
+        head_ids = encode_batch(self._plain, [head])[0]
+        middle_limit = self._max_model_len - len(self._prefix) - len(self._suffix)
+        room = _room(middle_limit - len(head_ids), self._max_model_len, "instruction, query and template")
+        limit = len(head_ids) + min(room, request.max_tokens_per_doc or room)
+        middles = self._middles(head, head_ids, request.documents)
+        prompts = [Prompt(self._prefix + middle[:limit] + self._suffix) for middle in middles]
+        return Prompts(prompts, sum(len(middle) > limit for middle in middles))
+
+    def _middles(self, head: str, head_ids: list[int], documents: list[str]) -> list[list[int]]:
+        if self._cuts:
+            return [head_ids + ids for ids in encode_batch(self._plain, [f" {d}" for d in documents])]
+        return encode_batch(self._plain, [f"{head} {d}" for d in documents])
+
+    def _can_cut(self) -> bool:
+        head = "<Instruct>: i\n<Query>: q\n<Document>:"
+        head_ids = encode_batch(self._plain, [head])[0]
+        wholes = encode_batch(self._plain, [f"{head} {d}" for d in _CUT_SAMPLES])
+        parts = encode_batch(self._plain, [f" {d}" for d in _CUT_SAMPLES])
+        return all(whole == head_ids + part for whole, part in zip(wholes, parts, strict=True))
+
+
+class PairPrompts:
+    """Prompts of cross-encoders: query and document in the template of the model's own tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int, token_types: bool) -> None:
+        self._template = pair_template(tokenizer)
+        self._typed = token_types and self._template.typed
+        self._plain = plain(tokenizer)
+        self._max_model_len = max_model_len
+
+    def build(self, request: ScoreRequest) -> Prompts:
+        """Raises PromptTooLongError if the query leaves no room for a document."""
+        query, *documents = encode_batch(self._plain, [request.query, *request.documents])
+        template = self._template
+        room = _room(self._max_model_len - len(template) - len(query), self._max_model_len, "query and template")
+        limit = min(room, request.max_tokens_per_doc or room)
+        head = template.before + query + template.between
+        second_from = len(head) if self._typed else None
+        prompts = [Prompt(head + ids[:limit] + template.after, second_from) for ids in documents]
+        return Prompts(prompts, sum(len(ids) > limit for ids in documents))
+
+
+class TextPrompts:
+    """Prompts of bi-encoders: the query, then each document, each by itself."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_model_len: int, query_prefix: str = "", document_prefix: str = ""
+    ) -> None:
+        self._template = text_template(tokenizer)
+        self._plain = plain(tokenizer)
+        self._query_prefix = query_prefix
+        self._document_prefix = document_prefix
+        self._max_model_len = max_model_len
+
+    def build(self, request: ScoreRequest) -> Prompts:
+        """Raises PromptTooLongError if the query doesn't fit."""
+        texts = [self._query_prefix + request.query, *(self._document_prefix + d for d in request.documents)]
+        query, *documents = encode_batch(self._plain, texts)
+        room = self._max_model_len - len(self._template)
+        _room(room + 1 - len(query), self._max_model_len, "query and template")
+        limit = min(room, request.max_tokens_per_doc or room)
+        prompts = [_around(self._template, ids) for ids in [query, *(ids[:limit] for ids in documents)]]
+        return Prompts(prompts, sum(len(ids) > limit for ids in documents))
+
+
+def _around(template: Template, ids: list[int]) -> Prompt:
+    return Prompt(template.before + ids + template.after)
+
+
+def _room(tokens: int, max_model_len: int, what: str) -> int:
+    if tokens < 1:
+        raise PromptTooLongError(
+            f"{what} take {max_model_len - tokens} of the model's {max_model_len} tokens (max_model_len) "
+            "and leave no room for a document"
+        )
+    return tokens

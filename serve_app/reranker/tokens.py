@@ -1,0 +1,106 @@
+"""Tokenizers that read outside text as text, and the control tokens that a model puts around it."""
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of `tokenizer` to which the added tokens' names mean nothing: `<|im_end|>` is encoded as seven
+    or so pieces of text, and everything else as before. It adds no control tokens by itself either.
+
+    Every added token gets a random name, here and in the model's vocabulary, so ids stay what they are and
+    no text can spell one. Added tokens of whitespace only (runs of spaces or newlines) are text already.
+    """
+    spec = json.loads(tokenizer.to_str())
+    spec.update(post_processor=None, truncation=None, padding=None)
+    renamed = {
+        token["content"]: f"\n{secrets.token_hex(16)} {token['id']}"
+        for token in spec["added_tokens"]
+        if token["content"].strip()
+    }
+    for token in spec["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    _rename_pieces(spec["model"], renamed)
+    copy = Tokenizer.from_str(json.dumps(spec))
+    for content, name in renamed.items():
+        control = tokenizer.token_to_id(content)
+        if copy.token_to_id(name) != control:
+            raise ValueError(
+                f"added token {content!r} changed its id from {control}; this vocabulary isn't supported"
+            )
+    return copy
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The control tokens of a sequence: before the first text, between the two, after the last.
+
+    `typed` says that the second text and what follows it have token type 1.
+    """
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    typed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+def text_template(tokenizer: Tokenizer) -> Template:
+    """What `tokenizer` puts around one text, read off an example."""
+    example = tokenizer.encode("a")
+    owners = example.sequence_ids
+    first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
+    return Template(example.ids[:first], [], example.ids[last + 1 :])
+
+
+def pair_template(tokenizer: Tokenizer) -> Template:
+    """What `tokenizer` puts around a pair, read off an example.
+
+    Raises ValueError where it puts nothing between the texts, as tokenizers of decoder models do.
+    """
+    example = tokenizer.encode("a", "b")
+    ids, owners, types = example.ids, example.sequence_ids, example.type_ids
+    query = [i for i, owner in enumerate(owners) if owner == 0]
+    document = [i for i, owner in enumerate(owners) if owner == 1]
+    between = ids[query[-1] + 1 : document[0]]
+    if document[0] < query[-1] or not between:
+        raise ValueError(
+            "the model's tokenizer has no template for pairs, so it is no cross-encoder of BERT's kind; "
+            "use kind: qwen3-reranker for yes/no rerankers"
+        )
+    expected = [0] * document[0] + [1] * (len(ids) - document[0])
+    if any(types) and types != expected:
+        raise ValueError(
+            f"the model's tokenizer gives a pair the token types {types}; only {expected} is supported"
+        )
+    return Template(ids[: query[0]], between, ids[document[-1] + 1 :], typed=any(types))
+
+
+def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _rename_pieces(model: dict[str, Any], renamed: dict[str, str]) -> None:
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {renamed.get(piece, piece): i for piece, i in vocab.items()}
+        model["unk_token"] = renamed.get(model.get("unk_token"), model.get("unk_token"))
+    else:
+        model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocab]
+    if "merges" in model:
+        # A merge that makes a control token out of text, or goes on from one, has lost its meaning.
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if renamed.keys().isdisjoint(_parts(merge)) and "".join(_parts(merge)) not in renamed
+        ]
+
+
+def _parts(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
