@@ -1,0 +1,1 @@
+"""What the example catalogue is made from: product types, brands and queries. All names are invented."""
