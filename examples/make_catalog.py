@@ -118,7 +118,7 @@ def products_of(
 
 
 def named(brand: Brand, lang: str) -> str:
-    """A brand without a Chinese name keeps its Latin one there; without a Latin name it is sold in Chinese only."""
+    """A brand without a Chinese name keeps its Latin one there; one without a Latin name is Chinese only."""
     return (brand.zh or brand.en) if lang == "zh" else brand.en
 
 

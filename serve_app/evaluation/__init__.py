@@ -1,0 +1,49 @@
+"""Evaluation: the queries of a BEIR-layout folder sent through a running gateway: how good, and how fast."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from serve_app.evaluation.client import EvaluationError, Gateway
+from serve_app.evaluation.dataset import DatasetError, read_dataset
+from serve_app.evaluation.measure import measure
+from serve_app.evaluation.report import Report
+
+__all__ = ["DatasetError", "EvaluationError", "Report", "evaluate"]
+
+
+def evaluate(
+    dataset: Path | str,
+    url: str,
+    route: str | None = None,
+    models: list[str] | None = None,
+    concurrency: int = 4,
+    top_n: int = 100,
+    timeout_s: float = 30.0,
+    limit: int | None = None,
+    progress: bool | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Report:
+    """Measures recall alone and every pipeline of the gateway at `url` on the judged queries of `dataset`.
+
+    `route` restricts this to the pipelines that have weight on that route, `models` to these names (pipelines
+    or variants). `concurrency` queries are under way at once; each has the deadline `timeout_s`, also at the
+    gateway. `top_n` results are asked for, 100 for recall@100. `limit` takes the first so many judged queries.
+    `progress` draws a bar on stderr; None: if that is a terminal. `transport` is for tests.
+
+    Raises `DatasetError` for a bad folder, and `EvaluationError` when the gateway cannot be asked at all.
+    Queries that fail one by one count as answered with nothing, and are reported.
+    """
+    for name, value in (("concurrency", concurrency), ("top_n", top_n), ("limit", limit)):
+        if value is not None and value < 1:
+            raise EvaluationError(f"{name} is {value}; allowed: 1 or more")
+    if not timeout_s > 0:
+        raise EvaluationError(f"timeout_s is {timeout_s:g}; allowed: more than 0")
+    data = read_dataset(Path(dataset), limit)
+
+    async def run() -> Report:
+        async with Gateway(url, timeout_s, concurrency, transport) as gateway:
+            return await measure(data, gateway, route, models, concurrency, top_n, progress)
+
+    return asyncio.run(run())

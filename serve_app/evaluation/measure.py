@@ -1,0 +1,148 @@
+"""Which systems there are to compare, and asking each of them every query."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from serve_app.config import closest
+from serve_app.evaluation.client import Answer, EvaluationError, Gateway
+from serve_app.evaluation.dataset import Dataset, Query
+from serve_app.evaluation.metrics import means, percentile, quality
+from serve_app.evaluation.report import Report, Result
+
+RECALL_ALONE = "recall alone"
+# More different errors than this are noise.
+_MAX_ERRORS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """`body` is what a search for it carries besides the query."""
+
+    name: str
+    body: dict[str, Any]
+
+
+async def measure(
+    dataset: Dataset,
+    gateway: Gateway,
+    route: str | None,
+    models: Sequence[str] | None,
+    concurrency: int,
+    top_n: int,
+    progress: bool | None,
+) -> Report:
+    """See `evaluate`."""
+    systems = choose_systems(await gateway.models(), route, models, top_n)
+    # tqdm's own rule for None: off where stderr is no terminal.
+    hidden = None if progress is None else not progress
+    results: list[Result] = []
+    answered: set[str] = set()
+    with tqdm(total=len(systems) * len(dataset.queries), unit="query", disable=hidden) as bar:
+        for system in systems:
+            bar.set_description(system.name)
+            answers = await _ask_all(gateway, dataset.queries, system, concurrency, bar.update)
+            results.append(judge(dataset, system.name, answers))
+            answered.update(id for answer in answers for id in answer.ids)
+    return Report(
+        dataset=str(dataset.path),
+        url=gateway.url,
+        route=route,
+        top_n=top_n,
+        queries=len(dataset.queries),
+        unjudged_queries=dataset.unjudged,
+        results=results,
+        notes=_notes(dataset, answered, top_n),
+    )
+
+
+def choose_systems(
+    entries: Sequence[dict[str, Any]], route: str | None, models: Sequence[str] | None, top_n: int
+) -> list[System]:
+    """Recall alone, then the pipelines (or `models`). Raises `EvaluationError` for a name nobody has."""
+    routes = {entry["id"]: entry for entry in entries if entry.get("kind") == "route"}
+    pipelines = {entry["id"]: entry for entry in entries if entry.get("kind") == "pipeline"}
+    if route is not None:
+        _require(route, routes, "route")
+    chosen = list(pipelines)
+    if models:
+        known = [entry["id"] for entry in entries if entry.get("kind") in ("pipeline", "variant")]
+        for model in models:
+            _require(model, known, "pipeline or variant")
+        chosen = list(dict.fromkeys(models))
+    elif route is not None:
+        chosen = [name for name, weight in routes[route]["weights"].items() if weight > 0]
+    # As deep as the deepest of them, so that recall@100 is of recall and not of a cut.
+    depth = max([top_n, *(pipelines[name].get("recall_k", 0) for name in chosen if name in pipelines)])
+    alone: dict[str, Any] = {"rerank": False, "top_n": top_n, "recall_k": depth}
+    if route is not None:
+        alone["route"] = route
+    return [System(RECALL_ALONE, alone), *(System(name, {"model": name, "top_n": top_n}) for name in chosen)]
+
+
+def judge(dataset: Dataset, name: str, answers: Sequence[Answer]) -> Result:
+    """`answers` are in the order of the dataset's queries."""
+    orders = {query.id: answer.ids for query, answer in zip(dataset.queries, answers, strict=True)}
+    by_query = quality(dataset.grades, orders)
+    ok = [answer for answer in answers if not answer.error]
+    by_lang: dict[str, list[Query]] = {}
+    for query in dataset.queries:
+        if query.lang:
+            by_lang.setdefault(query.lang, []).append(query)
+    return Result(
+        name=name,
+        metrics=means(list(by_query.values())),
+        ndcg_by_lang={
+            lang: means([by_query[query.id] for query in queries])["ndcg@10"]
+            for lang, queries in sorted(by_lang.items())
+        },
+        queries_by_lang={lang: len(queries) for lang, queries in sorted(by_lang.items())},
+        latency_ms={f"p{p}": percentile([answer.latency_ms for answer in ok], p) for p in (50, 95, 99)},
+        queries=len(answers),
+        failures=len(answers) - len(ok),
+        retries=sum(answer.retries for answer in answers),
+        degraded_share=sum(answer.is_degraded for answer in ok) / len(ok) if ok else 0.0,
+        errors=dict(Counter(answer.error for answer in answers if answer.error).most_common(_MAX_ERRORS)),
+    )
+
+
+async def _ask_all(
+    gateway: Gateway,
+    queries: Sequence[Query],
+    system: System,
+    concurrency: int,
+    done: Callable[[], object],
+) -> list[Answer]:
+    """Answers in the order of the queries, `concurrency` at once."""
+    answers: list[Answer | None] = [None] * len(queries)
+    waiting = iter(enumerate(queries))
+
+    async def work() -> None:
+        for n, query in waiting:
+            answers[n] = await gateway.search(query.text, system.body)
+            done()
+
+    async with asyncio.TaskGroup() as workers:
+        for _ in range(min(concurrency, len(queries))):
+            workers.create_task(work())
+    return [answer for answer in answers if answer is not None]
+
+
+def _notes(dataset: Dataset, answered: set[str], top_n: int) -> list[str]:
+    notes: list[str] = []
+    if answered and not any(answered.intersection(grades) for grades in dataset.grades.values()):
+        notes.append("no answered document is judged for any query: is it this dataset's corpus that is served?")
+    if top_n < 100:
+        notes.append(f"{top_n} results were asked for, so recall@100 is recall@{top_n}")
+    return notes
+
+
+def _require(name: str, known: Iterable[str], what: str) -> None:
+    names = list(known)
+    if name not in names:
+        hint = " ".join(filter(None, [closest(name, names), f"known: {', '.join(sorted(names)) or 'none'}"]))
+        raise EvaluationError(f"{name!r} is no {what} of this gateway; {hint}")

@@ -1,0 +1,332 @@
+"""Evaluation, pure parts and HTTP part, the latter against a made gateway."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.evaluation import DatasetError, EvaluationError, Report, evaluate
+from serve_app.evaluation import client as client_module
+from serve_app.evaluation.dataset import read_dataset
+from serve_app.evaluation.measure import choose_systems
+from serve_app.evaluation.metrics import percentile, quality
+
+MODELS = [
+    {"id": "default", "kind": "route", "weights": {"fused": 90.0, "canary": 10.0, "bm25": 0.0}},
+    {"id": "bm25", "kind": "pipeline", "recall_k": 100, "stages": []},
+    {"id": "fused", "kind": "pipeline", "recall_k": 200, "stages": [{"variant": "minilm"}]},
+    {"id": "canary", "kind": "pipeline", "recall_k": 50, "stages": [{"variant": "minilm"}]},
+    {"id": "minilm", "kind": "variant"},
+]
+
+Reply = Callable[[dict[str, Any]], httpx.Response]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    (tmp_path / "qrels").mkdir()
+    queries = [
+        {"_id": "q1", "text": "noise cancelling", "lang": "en"},
+        {"_id": "q2", "text": "降噪", "lang": "zh"},
+        {"_id": "q3", "text": "nothing fits this"},
+    ]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)), encoding="utf-8")
+    (tmp_path / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\ta\t3\nq1\tb\t1\nq2\tc\t2\nq3\ta\t0\n", encoding="utf-8"
+    )
+    return tmp_path
+
+
+def answer(*ids: str, **meta: Any) -> httpx.Response:
+    return httpx.Response(
+        200, json={"id": "r", "results": [{"id": id, "score": 0.5} for id in ids], "meta": {"stages": [], **meta}}
+    )
+
+
+def gateway(reply: Reply, seen: list[dict[str, Any]] | None = None) -> httpx.MockTransport:
+    async def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"object": "list", "data": MODELS})
+        body = json.loads(request.content)
+        if seen is not None:
+            seen.append(body)
+        await asyncio.sleep(0)
+        return reply(body)
+
+    return httpx.MockTransport(handle)
+
+
+def run(dataset: Path, reply: Reply, seen: list[dict[str, Any]] | None = None, **options: Any) -> Report:
+    return evaluate(dataset, "http://gateway", progress=False, transport=gateway(reply, seen), **options)
+
+
+# Reading
+
+
+def test_queries_without_a_relevant_document_are_left_out(dataset: Path) -> None:
+    data = read_dataset(dataset)
+    assert [query.id for query in data.queries] == ["q1", "q2"]
+    assert data.unjudged == 1
+    assert data.grades == {"q1": {"a": 3, "b": 1}, "q2": {"c": 2}}
+    assert [query.id for query in read_dataset(dataset, limit=1).queries] == ["q1"]
+
+
+def test_numbers_as_ids_no_header_blank_lines_and_crlf_are_read(dataset: Path) -> None:
+    (dataset / "queries.jsonl").write_bytes(b'\xef\xbb\xbf{"_id": 7, "text": "x"}\r\n\r\n')
+    (dataset / "qrels" / "test.tsv").write_bytes(b"7\t12\t1\r\n\r\n")
+    data = read_dataset(dataset)
+    assert (data.queries[0].id, data.grades) == ("7", {"7": {"12": 1}})
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"_id": "q4"', "not JSON"),
+        (b'["q4"]', "expected an object with _id and text, got a list"),
+        (b'{"text": "x"}', "_id must be a string or a whole number, got nothing"),
+        (b'{"_id": true, "text": "x"}', "_id must be a string or a whole number, got a boolean"),
+        (b'{"_id": "q4", "text": " "}', "text must be a string that is not empty"),
+        (b'{"_id": "q4", "text": "x", "lang": 1}', "lang must be a string, got 1"),
+        (b'{"_id": "q1", "text": "x"}', "the _id 'q1' is there twice"),
+        (b'{"_id": "q4", "text": "\xff"}', "not UTF-8 (byte 24 of the line)"),
+    ],
+)
+def test_a_bad_query_is_named_by_file_and_line(dataset: Path, line: bytes, problem: str) -> None:
+    with (dataset / "queries.jsonl").open("ab") as file:
+        file.write(b"\n" + line + b"\n")
+    with pytest.raises(DatasetError) as error:
+        read_dataset(dataset)
+    assert str(error.value).startswith(f"{dataset / 'queries.jsonl'}:4: ")
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("q1 a 1", "between tabs, got 1 columns"),
+        ("q1\td\thigh", "the grade must be a whole number, got 'high'"),
+        ("q9\td\t1", "the query 'q9' is not in queries.jsonl"),
+        ("q1\t\t1", "the document id is empty"),
+        ("q1\ta\t1", "the document 'a' has the grades 3 and 1 for the query 'q1'"),
+    ],
+)
+def test_a_bad_grade_is_named_by_file_and_line(dataset: Path, line: str, problem: str) -> None:
+    with (dataset / "qrels" / "test.tsv").open("a", encoding="utf-8") as file:
+        file.write(line)
+    with pytest.raises(DatasetError) as error:
+        read_dataset(dataset)
+    assert str(error.value).startswith(f"{dataset / 'qrels' / 'test.tsv'}:6: ")
+    assert problem in str(error.value)
+
+
+def test_missing_folder_file_and_judgements_are_said(dataset: Path) -> None:
+    with pytest.raises(DatasetError, match="no such folder"):
+        read_dataset(dataset / "nowhere")
+    (dataset / "qrels" / "test.tsv").write_text("q1\ta\t0\n")
+    with pytest.raises(DatasetError, match="no query has a relevant document"):
+        read_dataset(dataset)
+    (dataset / "qrels" / "test.tsv").unlink()
+    with pytest.raises(DatasetError, match=r"test\.tsv: no such file"):
+        read_dataset(dataset)
+
+
+# Metrics
+
+
+def test_metrics_are_those_of_the_definitions() -> None:
+    grades = {"q": {"a": 3, "b": 1, "c": 2}}
+    found = quality(grades, {"q": ["x", "b", "a"]})["q"]
+    ideal = 3 + 2 / math.log2(3) + 1 / 2
+    assert found["ndcg@10"] == pytest.approx((1 / math.log2(3) + 3 / 2) / ideal)
+    assert found["recall@10"] == found["recall@100"] == pytest.approx(2 / 3)
+    assert found["mrr@10"] == pytest.approx(1 / 2)
+
+
+def test_only_the_first_ten_count_for_metrics_at_ten() -> None:
+    order = [f"x{n}" for n in range(10)] + ["a"]
+    found = quality({"q": {"a": 1}}, {"q": order})["q"]
+    assert found == {"ndcg@10": 0, "recall@10": 0, "recall@100": 1, "mrr@10": 0}
+
+
+def test_an_order_is_kept_whatever_the_ids_sort_like() -> None:
+    grades = {"q": {"z": 1}}
+    assert quality(grades, {"q": ["z", "a"]})["q"]["mrr@10"] == 1
+    assert quality({"q": {"a": 1}}, {"q": ["z", "a"]})["q"]["mrr@10"] == 0.5
+
+
+def test_a_query_without_an_answer_scores_nothing() -> None:
+    values = quality({"q": {"a": 1}, "r": {"b": 1}}, {"q": ["a"], "r": []})
+    assert values["q"]["ndcg@10"] == 1
+    assert set(values["r"].values()) == {0.0}
+
+
+def test_percentiles_are_linear() -> None:
+    assert percentile([], 50) is None
+    assert percentile([4.0], 99) == 4.0
+    assert percentile([1.0, 3.0, 2.0], 50) == 2.0
+    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+
+
+# Which systems
+
+
+def bodies(**options: Any) -> dict[str, dict[str, Any]]:
+    options = {"route": None, "models": None, "top_n": 100} | options
+    return {system.name: system.body for system in choose_systems(MODELS, **options)}
+
+
+def test_recall_alone_and_every_pipeline_are_compared() -> None:
+    assert bodies() == {
+        "recall alone": {"rerank": False, "top_n": 100, "recall_k": 200},
+        "bm25": {"model": "bm25", "top_n": 100},
+        "fused": {"model": "fused", "top_n": 100},
+        "canary": {"model": "canary", "top_n": 100},
+    }
+
+
+def test_a_route_restricts_to_the_pipelines_with_weight() -> None:
+    chosen = bodies(route="default")
+    assert list(chosen) == ["recall alone", "fused", "canary"]
+    assert chosen["recall alone"]["route"] == "default"
+
+
+def test_models_may_name_pipelines_and_variants() -> None:
+    assert list(bodies(models=["minilm", "fused", "minilm"])) == ["recall alone", "minilm", "fused"]
+
+
+def test_an_unknown_name_is_refused_with_the_closest_one() -> None:
+    with pytest.raises(EvaluationError, match=r"'fusd' is no pipeline or variant .* did you mean 'fused'"):
+        bodies(models=["fusd"])
+    with pytest.raises(EvaluationError, match="'fused' is no route of this gateway; known: default"):
+        bodies(route="fused")
+
+
+# Over HTTP
+
+
+def test_report_compares_the_systems(dataset: Path) -> None:
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        if body.get("rerank") is False:
+            return answer("b", "a", "c")
+        return answer("a", "b", "c", **({"degraded": [{"stage": "minilm"}]} if body["query"] == "降噪" else {}))
+
+    seen: list[dict[str, Any]] = []
+    report = run(dataset, reply, seen, models=["fused"], timeout_s=2)
+    alone, fused = report.results
+    assert fused.metrics["ndcg@10"] > alone.metrics["ndcg@10"]
+    assert fused.metrics["recall@10"] == 1
+    assert fused.ndcg_by_lang == {"en": 1.0, "zh": pytest.approx(0.5)}
+    assert (alone.degraded_share, fused.degraded_share) == (0, 0.5)
+    assert (fused.queries, fused.failures, report.failures, report.unjudged_queries) == (2, 0, 0, 1)
+    assert fused.latency_ms["p99"] > 0
+    assert [body["timeout_ms"] for body in seen] == [2000] * 4
+    assert json.loads(json.dumps(report.json()))["results"][1]["metrics"] == fused.metrics
+
+
+def test_table_lines_up_and_holds_every_system(dataset: Path) -> None:
+    table = run(dataset, lambda body: answer("a")).table()
+    quality_table, lang_table = (part.splitlines() for part in table.split("\n\n"))
+    assert len({len(line) for line in quality_table}) == len({len(line) for line in lang_table}) == 1
+    assert quality_table[0].startswith("| system ")
+    assert [line.split("|")[1].strip() for line in quality_table[2:]] == [
+        "recall alone",
+        "bm25",
+        "fused",
+        "canary",
+    ]
+    assert "en (1)" in lang_table[0]
+
+
+def test_overload_is_tried_again_after_the_time_asked_for(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    replies = iter(
+        [
+            httpx.Response(503, headers={"Retry-After": "3"}),
+            httpx.Response(429, headers={"Retry-After": "600"}),
+            httpx.Response(503, headers={"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}),
+        ]
+    )
+    transport = gateway(lambda body: next(replies, answer("a")))
+    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
+    report = evaluate(dataset, "http://gateway", models=["fused"], limit=1, progress=False, transport=transport)
+    # The made gateway sleeps 0 itself.
+    assert [wait for wait in waits if wait] == [3.0, client_module.MAX_WAIT_S, 2.0]
+    assert [(result.retries, result.failures) for result in report.results] == [(3, 0), (0, 0)]
+
+
+def test_a_failed_query_counts_as_nothing_found_and_is_shown(dataset: Path) -> None:
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        if body["query"] == "降噪":
+            return httpx.Response(504, json={"error": {"message": "the deadline of 2000 ms has passed"}})
+        return answer("a", "b")
+
+    report = run(dataset, reply, models=["fused"])
+    fused = report.results[1]
+    assert (fused.failures, fused.metrics["ndcg@10"]) == (1, 0.5)
+    assert fused.errors == {"504: the deadline of 2000 ms has passed": 1}
+    assert "fused: 1 x 504: the deadline of 2000 ms has passed" in report.table()
+
+
+def test_lost_connections_and_nonsense_are_failures_not_crashes(dataset: Path) -> None:
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        if body["query"] == "降噪":
+            raise httpx.ReadTimeout("")
+        return httpx.Response(200, text="<html>")
+
+    result = run(dataset, reply, models=["fused"]).results[0]
+    assert result.errors == {"200, but the body is no search answer": 1, "ReadTimeout": 1}
+    assert result.latency_ms == {"p50": None, "p95": None, "p99": None}
+
+
+def test_no_more_queries_than_asked_for_are_under_way(dataset: Path) -> None:
+    rows = [json.dumps({"_id": str(n), "text": f"query {n}"}) for n in range(20)]
+    (dataset / "queries.jsonl").write_text("\n".join(rows))
+    (dataset / "qrels" / "test.tsv").write_text("\n".join(f"{n}\ta\t1" for n in range(20)))
+    under_way, most = 0, 0
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        nonlocal under_way, most
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": MODELS})
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001)
+        under_way -= 1
+        return answer("a")
+
+    transport = httpx.MockTransport(handle)
+    report = evaluate(dataset, "http://gateway", concurrency=3, progress=False, transport=transport)
+    assert most == 3
+    assert all(result.metrics["mrr@10"] == 1 for result in report.results)
+
+
+def test_a_foreign_index_is_noticed(dataset: Path) -> None:
+    assert "is it this dataset's corpus that is served?" in run(dataset, lambda body: answer("zz")).table()
+
+
+def test_a_gateway_that_is_not_there_is_one_clear_error(dataset: Path) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("connection refused")
+
+    with pytest.raises(EvaluationError, match="ConnectError: connection refused"):
+        evaluate(dataset, "http://gateway/", transport=httpx.MockTransport(refuse))
+    with pytest.raises(EvaluationError, match="no gateway answers at nonsense"):
+        evaluate(dataset, "nonsense")
+    other = httpx.MockTransport(lambda request: httpx.Response(200, json=[]))
+    with pytest.raises(EvaluationError, match="something else than a list of models"):
+        evaluate(dataset, "http://gateway", transport=other)
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"top_n": 0}, {"limit": 0}, {"timeout_s": 0}])
+def test_numbers_out_of_range_are_refused(dataset: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match="is 0; allowed: "):
+        evaluate(dataset, "http://gateway", **options)
