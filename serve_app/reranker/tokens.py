@@ -90,7 +90,8 @@ def _rename_pieces(model: dict[str, Any], renamed: dict[str, str]) -> None:
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {renamed.get(piece, piece): i for piece, i in vocab.items()}
-        model["unk_token"] = renamed.get(model.get("unk_token"), model.get("unk_token"))
+        if (unknown := model.get("unk_token")) in renamed:
+            model["unk_token"] = renamed[unknown]
     else:
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocab]
     if "merges" in model:

@@ -1,0 +1,134 @@
+"""The Serve deployments of one variant: thin shells around prompts, engine and scores."""
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
+from serve_app.reranker.engine import Engine, cpu_has_bf16, device, prepare_environment
+from serve_app.reranker.engine_args import check_engine_args, engine_settings
+from serve_app.reranker.messages import ScoreRequest, ScoreResult
+from serve_app.reranker.model import Model, resolve
+from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
+from serve_app.reranker.scores import cosines, sigmoids
+
+logger = logging.getLogger("ray.serve")
+
+
+def application(args: RerankerArgs) -> serve.Application:
+    """`Front` as the ingress, `Reranker` below it. Raises ValueError for unknown engine arguments."""
+    check_engine_args(args.engine)
+    return Front.bind(Reranker.bind(args))  # type: ignore[attr-defined]
+
+
+@serve.deployment(name="Front", ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.1)
+class Front:
+    """The ingress that Serve asks for. It answers nothing: an ingress can't have a request router, and in
+    fast mode it drains for half a minute, which a replica that holds a GPU must not."""
+
+    def __init__(self, reranker: DeploymentHandle) -> None:
+        pass
+
+
+@serve.deployment(
+    name="Reranker",
+    # Enough calls of 64 pairs to fill the engine's batch while others are tokenised.
+    max_ongoing_requests=16,
+    # The limit is the caller's, and counts all chunks of all its calls at once.
+    max_queued_requests=4096,
+    health_check_period_s=2,
+    health_check_timeout_s=15,
+    # Longer than the longest deadline a gateway allows.
+    graceful_shutdown_timeout_s=65,
+    graceful_shutdown_wait_loop_s=1,
+    max_constructor_retry_count=3,
+)
+class Reranker:
+    """One replica: a model in an engine of its own."""
+
+    async def __init__(self, args: RerankerArgs) -> None:  # type: ignore[misc]
+        start = time.monotonic()
+        resources = ray.get_runtime_context().get_assigned_resources()
+        prepare_environment(resources.get("CPU", 0))
+        self._kind = args.kind
+        self._model = await asyncio.to_thread(resolve, args)
+        self._engine = await asyncio.to_thread(_start, args, self._model, resources.get("GPU", 0))
+        self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._engine.max_model_len)
+        await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
+        logger.info(
+            f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
+            f"max_model_len {self._engine.max_model_len}) after {time.monotonic() - start:.1f} s."
+        )
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Scores the documents. Raises PromptTooLongError, EngineError, or TimeoutError after
+        `request.timeout_s`; then, and when the call is cancelled, its pairs are aborted in the engine."""
+        start = time.monotonic()
+        async with asyncio.timeout(request.timeout_s):
+            # On a thread: tokenising would hold up the loop, which in fast mode is the replica's only one.
+            built = await asyncio.to_thread(self._prompts.build, request)
+            pooled = await self._engine.pool(built.prompts, priority=request.priority)
+        if self._kind == "bi-encoder":
+            logits = scores = cosines(pooled.vectors[0], pooled.vectors[1:])
+        else:
+            logits, scores = sigmoids(pooled.vectors)
+        return ScoreResult(
+            scores=scores,
+            logits=logits,
+            tokens=sum(len(prompt.ids) for prompt in built.prompts),
+            cached_tokens=pooled.cached_tokens,
+            truncated=built.truncated,
+            revision=self._model.revision,
+            took_ms=(time.monotonic() - start) * 1000,
+        )
+
+    async def info(self) -> dict[str, Any]:
+        """What runs here, for status pages and tests."""
+        return {
+            "kind": self._kind,
+            "revision": self._model.revision,
+            "dtype": self._engine.dtype,
+            "max_model_len": self._engine.max_model_len,
+            "unfinished": self._engine.unfinished(),
+            "pid": os.getpid(),
+        }
+
+    async def check_health(self) -> None:
+        """Raises if the engine is dead, so that Serve replaces the replica."""
+        await self._engine.check_health()
+
+    def __del__(self) -> None:
+        # Serve calls this when the replica stops, also after a failed start.
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+def _start(args: RerankerArgs, model: Model, gpus: float) -> Engine:
+    settings = engine_settings(args, model, device(), gpus, cpu_has_bf16())
+    return Engine(settings, "embed" if args.kind == "bi-encoder" else "classify")
+
+
+def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> YesNoPrompts | PairPrompts | TextPrompts:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(
+        model.folder, trust_remote_code=bool(args.engine.get("trust_remote_code", False))
+    )
+    tokenizer = getattr(loaded, "backend_tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"model is {args.model!r}, whose tokenizer has no tokenizers (Rust) form; only those work here"
+        )
+    if args.kind == "qwen3-reranker":
+        instruction = args.instruction or DEFAULT_INSTRUCTION
+        return YesNoPrompts(tokenizer, args.prompt or YesNoPrompt(), instruction, max_model_len)
+    if args.kind == "cross-encoder":
+        return PairPrompts(tokenizer, max_model_len, "token_type_ids" in loaded.model_input_names)
+    return TextPrompts(tokenizer, max_model_len, args.query_prefix, args.document_prefix)

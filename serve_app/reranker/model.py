@@ -1,0 +1,180 @@
+"""Where a model comes from: a hub id, a local path, or a Python package; checked before an engine starts on it.
+
+Every error names the setting, the value seen and what is allowed.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve_app.config import RerankerArgs
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_SAFE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+_ENCODERS = ("bert", "roberta", "electra", "mpnet", "nomic", "gte", "new")
+_SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's folder, its `config.json`, and a name for exactly these weights."""
+
+    folder: Path
+    config: dict[str, Any]
+    revision: str
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or ["none"])[0])
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a language model with its head, as rerankers are published that answer yes or no."""
+        return self.architecture.endswith("ForCausalLM")
+
+
+def resolve(args: RerankerArgs) -> Model:
+    """Finds or downloads `args.model` and checks it. Raises ValueError, or OSError if the hub can't be reached."""
+    folder, commit = _folder(args)
+    if not folder.is_dir():
+        seen = "a file" if folder.exists() else "missing"
+        raise ValueError(f"model is {args.model!r}, but the folder {folder} is {seen}")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(
+            f"model is {args.model!r}, but {folder} has no config.json; a model's own folder is needed"
+        )
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    digest = _checked_sha256(folder, args.sha256) if args.sha256 else None
+    model = Model(folder, config, commit or (digest or fingerprint(folder))[:16])
+    _check_architecture(args.kind, model)
+    return model
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes with the weights, the vocabulary or the configuration, without reading gigabytes: whole small files,
+    and of each weight file its size and 64 samples, among them its start."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(size * i // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _folder(args: RerankerArgs) -> tuple[Path, str | None]:
+    name = args.model
+    if name.startswith("package:"):
+        return _in_package(name), None
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith(("/", ".", "~")):
+        return path, None
+    if not _HUB_ID.match(name):
+        raise ValueError(
+            f"model is {name!r}, which is neither a folder here nor a hub id; allowed: owner/name on the hub, "
+            "a path, or package:<python package>/<path inside it>"
+        )
+    return _download(name, args.revision)
+
+
+def _in_package(name: str) -> Path:
+    package, _, inside = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model is {name!r}, but no Python package {package!r} is installed here")
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    folder = (root / inside).resolve()
+    if not folder.is_relative_to(root):
+        raise ValueError(f"model is {name!r}, which leaves the package's folder {root}")
+    return folder
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    """The snapshot's folder and its commit. Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=_SAFE_FILES, ignore_patterns=["onnx/*"])
+        )
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SAFE_FILES, "*.bin"]))
+    except GatedRepoError as error:
+        raise OSError(
+            f"model is {name!r}, which needs a grant on the hub; set HF_TOKEN ({_line(error)})"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"revision is {revision!r}, which the hub's {name!r} hasn't ({_line(error)})") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"model is {name!r}, which is neither a folder here nor on the hub ({_line(error)})"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise OSError(
+            f"model is {name!r}, which is no folder here, and the hub can't be reached; "
+            f"set model to a path or package:…, or fill HF_HOME beforehand ({_line(error)})"
+        ) from error
+    return folder, folder.name
+
+
+def _checked_sha256(folder: Path, expected: str) -> str:
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"sha256 is set, but {folder} has no model.safetensors; allowed for models in that one file"
+        )
+    with path.open("rb") as file:
+        seen = hashlib.file_digest(file, "sha256").hexdigest()
+    if seen != expected:
+        raise ValueError(f"sha256 of {path} is {seen}, expected {expected}")
+    return seen
+
+
+def _check_architecture(kind: str, model: Model) -> None:
+    name = model.architecture
+    classifies = name.endswith("ForSequenceClassification")
+    encodes = (
+        str(model.config.get("model_type", "")).replace("-", "").startswith(_ENCODERS) or "bert" in name.lower()
+    )
+    if kind == "qwen3-reranker" and (encodes or not (model.is_causal or classifies)):
+        raise ValueError(
+            f"kind is qwen3-reranker, but the model's architecture is {name}; allowed: a …ForCausalLM, "
+            "or one converted to …ForSequenceClassification. Is it a cross-encoder or a bi-encoder?"
+        )
+    if kind == "cross-encoder" and not classifies:
+        other = "qwen3-reranker" if model.is_causal else "bi-encoder"
+        raise ValueError(
+            f"kind is cross-encoder, but the model's architecture is {name}; "
+            f"allowed: a …ForSequenceClassification. Is it a {other}?"
+        )
+    if kind == "bi-encoder" and classifies:
+        raise ValueError(
+            f"kind is bi-encoder, but the model's architecture is {name}; allowed: a model that embeds. "
+            "Is it a cross-encoder?"
+        )
+    if classifies and (labels := _labels(model.config)) != 1:
+        raise ValueError(f"the model gives {labels} labels (config.json); rerankers give 1")
+
+
+def _labels(config: dict[str, Any]) -> int:
+    names = config.get("id2label")
+    return len(names) if names is not None else int(config.get("num_labels", 2))
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"[:300]
