@@ -28,6 +28,9 @@ MAX_QUERY_CHARS = 8_192
 # Weight of the parts of a word that the query doesn't have as such: `128` and `gb` for `128gb`.
 PART_WEIGHT = 0.5
 
+# Weight of single Chinese characters beside the pairs: `壳` of `手机壳` also finds `手机保护壳`.
+CHARACTER_WEIGHT = 0.25
+
 # Tokens of more bytes are dropped (base64, URLs without separators).
 _MAX_TOKEN_BYTES = 128
 
@@ -49,6 +52,7 @@ _UNSPACED = (
     "\ua960-\ua97c\uac00-\ud7fb\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _WORD = re.compile(f"[^\\W_{_UNSPACED}]+")
 # Latin, Greek and Cyrillic diacritics; tone marks of Thai and Lao.
 _MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
@@ -94,7 +98,8 @@ class QueryAnalyzer:
         content = self._content.analyze(words) or self._all.analyze(words)
         terms = dict.fromkeys(content, 1.0)
         joined, parts = _spellings(folded, lambda word: bool(self._content.analyze(word)))
-        for spelling, weight in ((joined, 1.0), (parts, PART_WEIGHT)):
+        characters = _HAN.findall(folded)
+        for spelling, weight in ((joined, 1.0), (parts, PART_WEIGHT), (characters, CHARACTER_WEIGHT)):
             for term in self._all.analyze(" ".join(spelling)):
                 terms.setdefault(term, weight)
         return terms
@@ -191,10 +196,16 @@ def _is_mixed(word: str) -> bool:
 
 
 def _parts(words: Iterable[str]) -> Iterator[str]:
-    """Every beginning, middle and end of a word, cut where letters meet digits: `wh1000`, `xm4`, …"""
+    """Every beginning, middle and end of a word, cut where letters meet digits: `wh1000`, `xm4`, …
+
+    Single characters are left out, and so are bare numbers from the middle of a longer code: they find batteries
+    (`1000 mAh`, `4 pack`) rather than headphones (`wh1000xm4`).
+    """
     for word in words:
         pieces = _LETTERS_OR_DIGITS.findall(word)
         for i in range(len(pieces)):
             for j in range(i + 1, len(pieces) + 1):
-                if j - i < len(pieces):
-                    yield "".join(pieces[i:j])
+                part = "".join(pieces[i:j])
+                is_bare_number = len(pieces) > 2 and part.isdigit()
+                if j - i < len(pieces) and len(part) > 1 and not is_bare_number:
+                    yield part

@@ -1,5 +1,6 @@
 """Builds an index folder from a catalogue: whole, or not at all (`manifest.py` shows the folder)."""
 
+import json
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ import filelock
 import numpy as np
 
 from serve_app.recall import analysis, manifest
-from serve_app.recall.errors import BuildError, InputError, OpenError
+from serve_app.recall.errors import BuildError, InputError
 from serve_app.recall.manifest import BM25, DOCUMENTS, MANIFEST, Manifest
 from serve_app.recall.reader import Catalogue, Row
 from serve_app.recall.tantivy_index import new_document, new_index
@@ -54,9 +55,9 @@ def build_index(
     catalogue = Catalogue(Path(input))
     index = Path(index)
     is_new = not index.exists()
+    _refuse_others(index)
     try:
         with _writing(index), _locked(index):
-            _refuse_others(index)
             _remove_builds(index, keep=_served(index))
             build = index / f"{_BUILD_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{os.urandom(3).hex()}"
             try:
@@ -169,7 +170,7 @@ def _writing(index: Path) -> Iterator[None]:
 
 def _free(index: Path) -> str:
     try:
-        return f" ({shutil.disk_usage(index).free // 2**20:,} MiB are free there)"
+        return f" ({shutil.disk_usage(index).free // 2**20:,} MiB are free there without the unfinished build)"
     except OSError:
         return ""
 
@@ -188,23 +189,30 @@ def _locked(index: Path) -> Iterator[None]:
 
 
 def _refuse_others(index: Path) -> None:
-    """A folder that holds anything but an index is not ours to fill."""
+    """A folder that holds anything but an index, of whatever version, is not ours to fill."""
+    if not index.is_dir():
+        return
     strange = [
         entry.name for entry in index.iterdir()
         if entry.name not in _OWN and not entry.name.startswith(_BUILD_PREFIX)
     ]  # fmt: skip
+    if (index / MANIFEST).exists() and not _served(index):
+        strange.append(MANIFEST)
     if strange:
         raise BuildError(
-            f"{index.absolute()} holds other things ({', '.join(sorted(strange)[:3])}); name a new or empty folder"
+            f"{index.absolute()} holds other things ({', '.join(sorted(strange)[:3])}); "
+            "name a new folder, or empty this one"
         )
 
 
 def _served(index: Path) -> str | None:
-    """The build that is served now, if this version can read it."""
+    """The build that the manifest names, also when this version couldn't read it."""
     try:
-        return manifest.read(index, analysis.VERSION).build
-    except OpenError:
+        found = json.loads((index / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
+    build = found.get("build") if isinstance(found, dict) and "analysis" in found else None
+    return build if isinstance(build, str) else None
 
 
 def _remove_builds(index: Path, keep: str | None) -> None:

@@ -1,0 +1,129 @@
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.recall.analysis import QueryAnalyzer, document_text, fold, text_analyzer, title_analyzer
+
+TITLE = title_analyzer()
+TEXT = text_analyzer()
+QUERY = QueryAnalyzer()
+
+
+def document_terms(text: str) -> set[str]:
+    return set(TITLE.analyze(document_text(text)))
+
+
+def shares_a_term(query: str, document: str, weight: float = 1.0) -> bool:
+    terms = {term for term, found in QUERY.terms(query).items() if found >= weight}
+    return bool(terms & document_terms(document))
+
+
+def test_plain_english_is_handed_to_tantivy_as_it_is() -> None:
+    text = "Noise cancelling headphones, 30 hours of playback."
+    assert document_text(text) is text
+
+
+def test_english_words_are_stemmed_and_stop_words_left_out() -> None:
+    assert TEXT.analyze(document_text("The runners are running in cafés")) == ["runner", "run", "cafe"]
+
+
+@pytest.mark.parametrize(
+    "query", ["wh1000xm4", "WH-1000XM4", "wh 1000xm4", "WH 1000 XM4", "ＷＨ－１０００ＸＭ４", "wh‑1000xm4"]
+)
+@pytest.mark.parametrize("document", ["Sony WH-1000XM4", "Sony WH1000XM4", "索尼WH-1000XM4无线降噪耳机"])
+def test_model_number_is_one_term_however_it_is_written(query: str, document: str) -> None:
+    assert "wh1000xm4" in QUERY.terms(query).keys() & document_terms(document)
+
+
+@pytest.mark.parametrize(
+    ("query", "document"),
+    [
+        ("usbc cable", "USB-C"),
+        ("usb c", "usbc hub"),
+        ("wifi", "Wi-Fi"),
+        ("wi fi", "WiFi"),
+        ("tshirt", "T-Shirt"),
+        ("t shirts", "tshirt"),
+        ("iphone 15", "iPhone15"),
+        ("128 gb", "128GB"),
+        ("10000mah", "10,000mAh"),
+        ("10,000 mAh", "10000mAh"),
+        ("c++", "Modern C++, second edition"),
+        ("C#", "Programming in C#."),
+        ("user name", "def getUserName(id)"),
+        ("user name", "user_name = 1"),
+        ("username", "user_name = 1"),
+        ("cafe", "Café"),
+        ("CAFE\u0301", "cafe"),
+        ("strasse", "Straße"),
+        ("καφες", "ΚΑΦΈΣ"),
+        ("елка", "ЁЛКА"),
+        ("ﾍｯﾄﾞﾎﾝ", "ワイヤレスヘッドホン"),
+        ("이어폰", "무선이어폰"),
+        ("耳机", "索尼降噪耳机"),
+        ("机", "耳机"),
+        ("索尼耳机", "索尼 (Sony) 耳机"),
+        ("กาแฟ", "เครื่องชงกาแฟ"),
+    ],
+)
+def test_what_people_type_finds_what_sellers_write(query: str, document: str) -> None:
+    assert shares_a_term(query, document)
+
+
+def test_letters_and_digits_are_searched_apart_at_less_weight() -> None:
+    assert QUERY.terms("128gb") == {"128gb": 1.0, "128": 0.5, "gb": 0.5}
+
+
+def test_bare_numbers_of_a_longer_code_are_not_searched() -> None:
+    assert not {"1000", "4"} & QUERY.terms("wh1000xm4").keys()
+
+
+def test_c_and_its_relatives_are_different_languages() -> None:
+    assert not document_terms("C++ primer") & document_terms("C") & document_terms("C#")
+    assert not shares_a_term("c", "C++")
+
+
+def test_ordinary_neighbours_are_not_joined() -> None:
+    assert list(QUERY.terms("noise cancelling headphones")) == ["nois", "cancel", "headphon"]
+
+
+def test_pairs_weigh_more_than_single_chinese_characters() -> None:
+    assert QUERY.terms("手机壳") == {"手机": 1.0, "机壳": 1.0, "手": 0.25, "机": 0.25, "壳": 0.25}
+
+
+def test_stop_words_are_searched_only_when_there_is_nothing_else() -> None:
+    assert list(QUERY.terms("what is the best headphone")) == ["best", "headphon"]
+    assert list(QUERY.terms("The Who")) == ["the", "who"]
+
+
+def test_query_of_a_whole_page_is_cut() -> None:
+    assert len(QUERY.terms("wh-1000xm4 " * 100_000)) < 100
+
+
+@pytest.mark.parametrize("query", ["", "  ", "!?()[]{}:;\"'*~^", "\x00\ufffd", "\u0301\u0301", "🎧🎧"])
+def test_query_without_letters_has_no_terms(query: str) -> None:
+    assert QUERY.terms(query) == {}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_unicode_forms_of_one_text_have_the_same_terms(text: str) -> None:
+    expected = TEXT.analyze(document_text(text))
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert TEXT.analyze(document_text(unicodedata.normalize(form, text))) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_folding_twice_changes_nothing(text: str) -> None:
+    assert fold(fold(text)) == fold(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_weights_are_positive_and_terms_are_a_documents(text: str) -> None:
+    terms = QUERY.terms(text)
+    assert all(0 < weight <= 1 for weight in terms.values())
+    assert not terms or document_terms(text) & terms.keys()
