@@ -128,6 +128,34 @@ def _check(arguments: argparse.Namespace) -> int:
     return failed
 
 
+def _index_build(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from serve_app.recall.builder import build_index
+    from serve_app.recall.errors import RecallError
+
+    with tqdm(unit="B", unit_scale=True, desc="index", disable=None, leave=False) as bar:
+
+        def progress(read_bytes: int, all_bytes: int, documents: int) -> None:
+            bar.total = all_bytes
+            bar.set_postfix(documents=documents, refresh=False)
+            bar.update(read_bytes - bar.n)
+
+        try:
+            made = build_index(arguments.input, arguments.index, progress=progress)
+        except RecallError as error:
+            bar.close()
+            return _complain(error, 1)
+    rate = made.documents / max(made.seconds, 1e-9)
+    print(
+        f"{arguments.index}: {made.documents} documents in {made.seconds:.1f} s ({rate:,.0f}/s), "
+        f"{made.index_bytes / 1e6:.1f} MB"
+    )
+    if made.empty:
+        print(f"{made.empty} of them have neither title nor text, so that no query finds them", file=sys.stderr)
+    return 0
+
+
 def _search(arguments: argparse.Namespace) -> int:
     body = {"query": arguments.query, "top_n": arguments.top_n, **_common(arguments)}
     answer = _post(arguments.url, "/v1/search", body)
@@ -161,6 +189,25 @@ def _rerank(arguments: argparse.Namespace) -> int:
         print(f"{result['relevance_score']:6.3f}  {documents[result['index']]}")
     _print_meta(answer["meta"])
     return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from serve_app.evaluation import DatasetError, EvaluationError, evaluate
+
+    try:
+        report = evaluate(
+            arguments.dataset,
+            arguments.url,
+            route=arguments.route,
+            models=arguments.model,
+            concurrency=arguments.concurrency,
+            timeout_s=arguments.timeout_s,
+            limit=arguments.limit,
+        )
+    except (DatasetError, EvaluationError) as error:
+        return _complain(error, 1)
+    print(json.dumps(report.json(), ensure_ascii=False, indent=2) if arguments.json else report.table())
+    return 1 if report.failures else 0
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:

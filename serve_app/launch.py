@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -43,14 +44,15 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     _refuse_taken(host, port)
     _refuse_missing_indexes(config)
     _adopt_orphans()
-    with _stop_on_signals(), _pid_file(port):
+    _raise_stop_on_signals()
+    with _pid_file(port):
         try:
             _start(raw, verbose)
             _print_ready(config, host, port)
             while True:
                 signal.pause()
         except _Stop:
-            print("\nstopping", flush=True)
+            _say("stopping")
         finally:
             _stop()
 
@@ -81,12 +83,17 @@ def _start(raw: dict[str, Any], verbose: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _say("starting Ray")
     ray.init(
+        address="local",
         namespace="serve",
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=True,
         dashboard_host="127.0.0.1",
     )
+    # Ray put a handler of its own in place, which aborts the process on SIGTERM.
+    _raise_stop_on_signals()
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     schema = ServeDeploySchema.model_validate(raw)
     http = schema.http_options.model_dump()
     serve.start(proxy_location=schema.proxy_location, http_options=http)
@@ -195,7 +202,8 @@ def _refuse_taken(host: str, port: int) -> None:
 def _holder(port: int) -> str:
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+            if listens and connection.pid:
                 return f": held by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
 
@@ -223,17 +231,12 @@ def _pid_file(port: int) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
+def _raise_stop_on_signals() -> None:
     def stop(signum: int, frame: object) -> None:
         raise _Stop
 
-    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, stop)
 
 
 def _logs() -> str:
