@@ -58,10 +58,7 @@ _WORD = re.compile(f"[^\\W_{_UNSPACED}]+")
 _MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
 _HYPHENS = str.maketrans("‐‑‒–−", "-----")
 
-# Quick looks that most texts fail: both start at a character that is rare in prose.
-_SEPARATED = re.compile(r"[-_](?<=[^\W_].)(?=[^\W_])|,(?<=[0-9].)(?=[0-9])|[+#](?<=[A-Za-z].)")
 _HUMP = re.compile(r"[a-z][A-Z]")
-
 _HYPHENATED = re.compile(r"[^\W_]+(?:[-_][^\W_]+)+")
 _THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
 _C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
@@ -143,15 +140,24 @@ def _separated(text: str, *, singles: bool) -> str:
 
 
 def _with_codes(text: str) -> str:
-    """`text` and, after it, the other spellings of its hyphenated words, numbers and identifiers."""
+    """`text` and, after it, the other spellings of its hyphenated words, numbers and identifiers.
+
+    The expressions run on single words that may match: over whole texts they cost more than all of tantivy's work.
+    """
     added: list[str] = []
     if _HUMP.search(text):
-        for camel in _CAMEL.findall(text):
-            added += _HUMPS.findall(camel)
-    if _SEPARATED.search(text):
-        for hyphenated in _HYPHENATED.findall(text):
-            added += _joined(re.split("[-_]", hyphenated))
-        added += [number.replace(",", "") for number in _THOUSANDS.findall(text)]
+        for word in text.split():
+            if _HUMP.search(word):
+                for camel in _CAMEL.findall(word):
+                    added += _HUMPS.findall(camel)
+    if "-" in text or "_" in text or "," in text:
+        for word in text.split():
+            if "-" in word or "_" in word:
+                for hyphenated in _HYPHENATED.findall(word):
+                    added += _joined(hyphenated.replace("_", "-").split("-"))
+            if "," in word[:-1]:
+                added += [number.replace(",", "") for number in _THOUSANDS.findall(word)]
+    if "+" in text or "#" in text:
         text = _C_FAMILY.sub(lambda c: c[1] + ("sharp" if c[2] == "#" else "plusplus"), text)
     return f"{text} {' '.join(added)}" if added else text
 
