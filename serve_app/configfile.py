@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.config import Block, GatewayArgs, GatewaySettings, RecallArgs, RerankerArgs, closest, explain
+from serve_app.reranker.engine_args import check_engine_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def load(path: Path) -> ConfigFile:
         args = _validated(kind.args, application.get("args") or {}, f"{where}.args", problems)
         if args is not None:
             found[kind.args][application["name"]] = args
+            problems += _engine_problems(f"{where}.args", args)
         problems += _deployment_problems(where, application, kind)
         if kind.args is GatewayArgs:
             user_config = _gateway_user_config(application)
@@ -134,6 +136,15 @@ def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -
         for deployment in application.get("deployments") or []
         if deployment["name"] not in kind.deployments
     ]
+
+
+def _engine_problems(where: str, args: Block) -> list[str]:
+    try:
+        if isinstance(args, RerankerArgs):
+            check_engine_args(args.engine)
+    except ValueError as error:
+        return [f"{where}.{error}"]
+    return []
 
 
 def _gateway_user_config(application: dict[str, Any]) -> Any:

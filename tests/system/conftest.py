@@ -1,8 +1,6 @@
 """One Ray, one Serve and one engine for each kind of model, for the whole run."""
 
-import asyncio
 import contextlib
-import json
 import os
 import socket
 import time

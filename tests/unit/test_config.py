@@ -55,12 +55,15 @@ def test_every_problem_of_a_file_is_listed(fleet, tmp_path):
     application(fleet, "qwen3-4b")["args"]["modell"] = application(fleet, "qwen3-4b")["args"].pop("model")
     application(fleet, "qwen3-8b")["args"]["kind"] = "qwen"
     application(fleet, "qwen3-0.6b")["deployments"][0]["name"] = "Rerankers"
+    application(fleet, "qwen3-0.6b")["args"]["engine"] = {"max_model_length": 512}
     application(fleet, "catalogue")["import_path"] = "serve_app.recal:build"
     message = problems_of(fleet, tmp_path)
     assert "applications[3].args.model" in message
     assert "applications[3].args.modell" in message
     assert "applications[4].args.kind" in message
     assert "'Rerankers'" in message
+    assert "applications[2].args.engine.max_model_length is no vLLM engine argument" in message
+    assert "did you mean 'max_model_len'?" in message
     assert "did you mean 'serve_app.recall:build'?" in message
 
 

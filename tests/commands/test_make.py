@@ -1,0 +1,205 @@
+"""The two commands of a newcomer, and what they say when something is missing."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MARK = "SERVE_APP_TEST_MARK"
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Serving:
+    """`make serve` as a terminal starts it, in a process group of its own; found by a mark in its environment."""
+
+    def __init__(self, log: Path, port: int) -> None:
+        self.log, self.mark = log, uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            ["make", "serve", f"PORT={port}"],
+            cwd=ROOT,
+            env={**os.environ, MARK: self.mark},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> str:
+        """The ready line."""
+        give_up_at = time.monotonic() + 300
+        while time.monotonic() < give_up_at:
+            ready = re.search(r"^serve-app: ready on .*$", self.log.read_text(), re.M)
+            if ready:
+                return ready.group()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+        raise AssertionError(self.log.read_text())
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that descends from the command, also those that it lost sight of."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def clean_up(self) -> None:
+        for process in self.family():
+            process.kill()
+        self.process.wait(30)
+
+
+def interrupt(serving, port):
+    os.killpg(serving.process.pid, signal.SIGINT)
+
+
+def terminate(serving, port):
+    serving.process.terminate()
+
+
+def make_stop(serving, port):
+    stopped = subprocess.run(
+        ["make", "stop", f"PORT={port}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert stopped.stdout.strip() == "stopped", stopped
+
+
+@pytest.mark.parametrize("stop", [interrupt, terminate, make_stop])
+def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path, port, stop):
+    serving = Serving(tmp_path / "log", port)
+    try:
+        ready = serving.wait_ready()
+        curl = ready.partition("try: ")[2]
+        assert curl.startswith("curl ")
+        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
+        assert answer.returncode == 0, answer
+        assert '"rerank_score":0.' in answer.stdout
+        assert '"recall_score":' in answer.stdout
+        assert '"degraded"' not in answer.stdout
+        names = {process.name() for process in serving.family()}
+        assert {"raylet", "gcs_server"} <= names
+        stop(serving, port)
+        serving.process.wait(120)
+        psutil.wait_procs(serving.family(), timeout=10)
+        left = [" ".join(process.cmdline())[:200] for process in serving.family()]
+        assert not left
+        assert "Traceback" not in serving.log.read_text()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    finally:
+        serving.clean_up()
+
+
+def serve_app(*arguments, **kwargs):
+    command = [str(ROOT / ".venv/bin/serve-app"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, **kwargs)
+
+
+def test_a_taken_port_is_one_clear_line():
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        answer = serve_app("up", "configs/local.yaml", "--port", port)
+    assert answer.returncode == 1
+    assert re.fullmatch(rf"serve-app: port {port} on 127\.0\.0\.1 cannot be used .*\n", answer.stderr), answer
+
+
+def test_a_missing_index_says_how_to_build_it(tmp_path, port):
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "configs/local.yaml").read_text().replace(".run/index/catalog", "/nowhere"))
+    answer = serve_app("up", config, "--port", port)
+    assert answer.returncode == 1
+    assert "serve-app index build --input FILE --index /nowhere" in answer.stderr
+
+
+def test_a_broken_config_is_refused_before_anything_starts(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "configs/local.yaml").read_text().replace("variant: minilm", "variant: minilmm"))
+    for command in ("check", "up"):
+        answer = serve_app(command, config)
+        assert answer.returncode == 2
+        assert "did you mean 'minilm'?" in answer.stderr
+        assert "Traceback" not in answer.stderr
+
+
+def test_a_model_that_cannot_start_ends_the_command_with_the_reason(tmp_path, port):
+    config = tmp_path / "config.yaml"
+    text = (ROOT / "configs/local.yaml").read_text()
+    config.write_text(re.sub(r"sha256: \w+", "sha256: " + "f" * 64, text))
+    serve_app("index", "build", "--input", "examples/catalog.jsonl", "--index", ".run/index/catalog")
+    answer = serve_app("up", config, "--port", port)
+    assert answer.returncode == 1
+    assert "minilm did not start" in answer.stderr
+    assert "expected ffff" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_call_without_a_gateway_says_so(port):
+    answer = serve_app("search", "shoes", "--url", f"http://127.0.0.1:{port}")
+    assert answer.returncode == 1
+    assert "is it up?" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def setup(tmp_path, **environment):
+    """scripts/setup.sh of a copy of the project's packaging files, making an environment of its own."""
+    project = tmp_path / "project"
+    for name in ("scripts", "constraints"):
+        shutil.copytree(ROOT / name, project / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project / name)
+    (project / "serve_app").mkdir()
+    return subprocess.run(
+        ["bash", "scripts/setup.sh", ".venv", "cpu", "run"],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_missing_interpreter_is_one_clear_line(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cut", "dirname", "grep", "sha256sum"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    answer = setup(tmp_path, PATH=str(tools))
+    assert answer.returncode == 1
+    assert re.fullmatch(r"setup: needs Python 3\.11 to 3\.13 and found none; .*\n", answer.stderr), answer
+
+
+def test_a_missing_network_is_one_clear_line(tmp_path):
+    nowhere = "http://127.0.0.1:9/"
+    answer = setup(
+        tmp_path,
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_INDEX_URL=nowhere,
+        PIP_FIND_LINKS="",
+        PIP_EXTRA_INDEX_URL="",
+        PIP_RETRIES="0",
+        PIP_NO_CACHE_DIR="1",
+        TORCH_INDEX=nowhere,
+    )
+    assert answer.returncode == 1
+    assert "is the network up?" in answer.stderr
+    assert "Traceback" not in answer.stderr
