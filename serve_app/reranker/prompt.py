@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from serve_app.config import YesNoPrompt
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
-from serve_app.reranker.tokens import Template, encode_batch, pair_template, plain, text_template
+from serve_app.reranker.tokens import Template, encode_batch, pair_template, plain, text_template, unbounded
 
 # Cut between head and document, these give the same tokens as the whole does, if the tokenizer allows it at all.
 _CUT_SAMPLES = ["Paris", " two  spaces", "\nnew line", "2 + 2", "中文", "é", "\u0301", "🙂", "'s", ":) ", "\t", ""]
@@ -56,8 +56,7 @@ class YesNoPrompts:
                         "set `prompt` to what the model was trained with"
                     )
         self._plain = plain(tokenizer)
-        self._prefix = tokenizer.encode(prompt.prefix, add_special_tokens=False).ids
-        self._suffix = tokenizer.encode(prompt.suffix, add_special_tokens=False).ids
+        self._prefix, self._suffix = encode_batch(unbounded(tokenizer), [prompt.prefix, prompt.suffix])
         self._instruction = instruction
         self._max_model_len = max_model_len
         self._cuts = self._can_cut()

@@ -35,6 +35,14 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return copy
 
 
+def unbounded(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that neither pads nor cuts: many published tokenizers are saved with their training's settings."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """The control tokens of a sequence: before the first text, between the two, after the last.
@@ -53,7 +61,7 @@ class Template:
 
 def text_template(tokenizer: Tokenizer) -> Template:
     """What `tokenizer` puts around one text, read off an example."""
-    example = tokenizer.encode("a")
+    example = unbounded(tokenizer).encode("a")
     owners = example.sequence_ids
     first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
     return Template(example.ids[:first], [], example.ids[last + 1 :])
@@ -64,7 +72,7 @@ def pair_template(tokenizer: Tokenizer) -> Template:
 
     Raises ValueError where it puts nothing between the texts, as tokenizers of decoder models do.
     """
-    example = tokenizer.encode("a", "b")
+    example = unbounded(tokenizer).encode("a", "b")
     ids, owners, types = example.ids, example.sequence_ids, example.type_ids
     query = [i for i, owner in enumerate(owners) if owner == 0]
     document = [i for i, owner in enumerate(owners) if owner == 1]

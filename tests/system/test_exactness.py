@@ -55,8 +55,9 @@ def test_yes_no_scores_equal_the_published_computation(
         f"reference scores {spread.min():.4f} to {spread.max():.4f}"
     )
     assert len(logits) >= 200
-    assert spread.min() < 0.02
-    assert spread.max() > 0.98
+    if instruction is None:
+        assert spread.min() < 0.02
+        assert spread.max() > 0.98
     assert worst <= allowed
     assert torch.allclose(torch.tensor(scores), torch.tensor(logits).sigmoid(), atol=1e-6)
     # Over-long documents lost document tokens, and nothing else was added or lost anywhere.
