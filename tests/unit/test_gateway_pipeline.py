@@ -176,10 +176,10 @@ def test_bm25_is_finite_and_never_negative(query, documents):
 
 def test_deadline_gives_unused_time_to_later_stages():
     clock = Clock()
-    deadline = Deadline.after(1.1, clock)
-    assert deadline.share_s(2) == pytest.approx(0.5)
+    deadline = Deadline.after(1.0, clock)
+    assert deadline.share_s(2) == pytest.approx(0.45)
     clock.now += 0.1
-    assert deadline.share_s(1) == pytest.approx(0.9)
+    assert deadline.share_s(1) == pytest.approx(0.8)
     clock.now += 5
     assert deadline.remaining_s() == 0
 
