@@ -13,7 +13,7 @@ from serve_app.config import YesNoPrompt
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
 from serve_app.reranker.tokens import Template, encode_batch, pair_template, plain, text_template, unbounded
 
-# Cut between head and document, these give the same tokens as the whole does, if the tokenizer allows it at all.
+# Beginnings of documents, by which a tokenizer is judged.
 _CUT_SAMPLES = ["Paris", " two  spaces", "\nnew line", "2 + 2", "中文", "é", "\u0301", "🙂", "'s", ":) ", "\t", ""]
 
 
@@ -79,11 +79,19 @@ class YesNoPrompts:
         return encode_batch(self._plain, [f"{head} {d}" for d in documents])
 
     def _can_cut(self) -> bool:
+        """Whether no token ever reaches over the cut: the pre-tokenizer parts the text there, and samples of all
+        kinds of characters get the ids of the whole."""
         head = "<Instruct>: i\n<Query>: q\n<Document>:"
+        wholes = [f"{head} {d}" for d in _CUT_SAMPLES]
+        splitter = self._plain.pre_tokenizer
+        if splitter is None:
+            return False
+        for whole in wholes:
+            if any(start < len(head) < end for _, (start, end) in splitter.pre_tokenize_str(whole)):
+                return False
         head_ids = encode_batch(self._plain, [head])[0]
-        wholes = encode_batch(self._plain, [f"{head} {d}" for d in _CUT_SAMPLES])
         parts = encode_batch(self._plain, [f" {d}" for d in _CUT_SAMPLES])
-        return all(whole == head_ids + part for whole, part in zip(wholes, parts, strict=True))
+        return encode_batch(self._plain, wholes) == [head_ids + part for part in parts]
 
 
 class PairPrompts:

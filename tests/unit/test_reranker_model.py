@@ -1,0 +1,233 @@
+"""Where models come from, which engine arguments there are, and what scores are made of."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.config import RerankerArgs
+from serve_app.reranker.engine_args import check_engine_args, engine_arg_names, engine_settings, kv_cache_bytes
+from serve_app.reranker.model import Model, fingerprint, resolve
+from serve_app.reranker.scores import cosines, sigmoids
+from tests.models import MINILM, MINILM_SHA256
+
+QWEN = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "max_position_embeddings": 40960}
+BERT = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "id2label": {"0": "x"}}
+
+
+def make(folder: Path, config: dict[str, Any], weights: bytes = b"w" * 1000) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def args(model: object, kind: str = "qwen3-reranker", **settings: Any) -> RerankerArgs:
+    return RerankerArgs.model_validate({"model": str(model), "kind": kind, **settings})
+
+
+def test_a_package_s_model_is_found_and_its_hash_checked() -> None:
+    model = resolve(args(MINILM, "bi-encoder", sha256=MINILM_SHA256))
+    assert model.architecture == "BertModel"
+    assert model.revision == MINILM_SHA256[:16]
+
+
+def test_a_wrong_hash_names_file_expected_and_seen(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", QWEN)
+    with pytest.raises(
+        ValueError, match=rf"sha256 of {folder}/model.safetensors is [0-9a-f]{{64}}, expected {'0' * 64}"
+    ):
+        resolve(args(folder, sha256="0" * 64))
+
+
+def test_a_hash_needs_the_one_file(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", QWEN)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"sha256 is set, but .* has no model.safetensors"):
+        resolve(args(folder, sha256="0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/model", "the folder /nowhere/model is missing"),
+        ("./nowhere", "the folder nowhere is missing"),
+        ("package:no_such_package/model", "no Python package 'no_such_package'"),
+        ("package:serve_app/../../etc", "leaves the package's folder"),
+        ("package:serve_app/nowhere", "is missing"),
+        ("package:serve_app", "has no config.json"),
+        ("a/b/c", "neither a folder here nor a hub id"),
+    ],
+)
+def test_models_that_are_not_there(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        resolve(args(name))
+    assert str(error.value).startswith(f"model is {name!r}")
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        resolve(args(tmp_path / "model.gguf"))
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("Cannot find the files\nand the connection failed")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(OSError, match=r"model is 'Qwen/Qwen3-Reranker-0.6B'.*the hub can't be reached") as error:
+        resolve(args("Qwen/Qwen3-Reranker-0.6B"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_model_s_revision_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings, name=name)
+        return str(make(tmp_path / commit, QWEN))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = resolve(args("Qwen/Qwen3-Reranker-0.6B", revision="main"))
+    assert (model.revision, asked["name"], asked["revision"]) == (commit, "Qwen/Qwen3-Reranker-0.6B", "main")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        (
+            "qwen3-reranker",
+            BERT,
+            "kind is qwen3-reranker, but .* BertForSequenceClassification; allowed: a …ForCausalLM",
+        ),
+        ("cross-encoder", QWEN, "allowed: a …ForSequenceClassification. Is it a qwen3-reranker"),
+        ("cross-encoder", {"architectures": ["BertModel"]}, "Is it a bi-encoder"),
+        ("bi-encoder", BERT, "Is it a cross-encoder"),
+        ("cross-encoder", {**BERT, "id2label": {"0": "a", "1": "b"}}, "gives 2 labels"),
+        ("cross-encoder", {"architectures": ["BertForSequenceClassification"]}, "gives 2 labels"),
+    ],
+)
+def test_architectures_must_fit_the_kind(tmp_path: Path, kind: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(args(make(tmp_path / "m", config), kind))
+
+
+def test_fingerprints_follow_weights_and_vocabulary_only(tmp_path: Path) -> None:
+    first = fingerprint(make(tmp_path / "a", QWEN))
+    assert fingerprint(make(tmp_path / "b", QWEN)) == first
+    assert fingerprint(make(tmp_path / "c", QWEN, b"w" * 999 + b"x")) != first
+    (tmp_path / "b" / "README.md").write_text("words")
+    assert fingerprint(tmp_path / "b") == first
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    assert fingerprint(tmp_path / "b") != first
+
+
+@pytest.mark.parametrize(
+    "name", ["max_model_len", "dtype", "quantization", "cpu_offload_gb", "tensor_parallel_size"]
+)
+def test_engine_arguments_of_vllm_pass(name: str) -> None:
+    check_engine_args({name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_model_length", "engine.max_model_length is no vLLM engine argument; did you mean 'max_model_len'"),
+        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"),
+        ("xyzzy", "engine.xyzzy is no vLLM engine argument"),
+        ("model", "engine.model can't be set: it follows from model"),
+        ("runner", "engine.runner can't be set: it follows from kind"),
+    ],
+)
+def test_other_engine_arguments_are_refused(name: str, message: str) -> None:
+    assert len(engine_arg_names()) > 100
+    with pytest.raises(ValueError, match=message):
+        check_engine_args({name: 1})
+
+
+def settings(
+    kind: str = "qwen3-reranker", config: dict[str, Any] = QWEN, device: Any = "cpu", **more: Any
+) -> dict[str, Any]:
+    gpus = more.pop("gpus", 0)
+    given = args("m", kind, engine=more)
+    return engine_settings(given, Model(Path("/m"), config, "r"), device, gpus)
+
+
+def test_defaults_lie_under_the_user_s_values() -> None:
+    ours = settings()
+    assert ours["enable_prefix_caching"]
+    assert (ours["block_size"], ours["dtype"], ours["scheduling_policy"]) == (32, "float32", "priority")
+    assert ours["hf_overrides"]["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert ours["hf_overrides"]["classifier_from_token"] == ["no", "yes"]
+    theirs = settings(dtype="float16", block_size=64, enforce_eager=False, hf_overrides={"rope_theta": 1})
+    assert (theirs["dtype"], theirs["block_size"], theirs["enforce_eager"]) == ("float16", 64, False)
+    assert theirs["hf_overrides"] == ours["hf_overrides"] | {"rope_theta": 1}
+
+
+def test_converted_checkpoints_keep_their_own_head() -> None:
+    converted = {**QWEN, "architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "x"}}
+    assert settings(config=converted)["hf_overrides"] == {}
+
+
+def test_shares_of_a_card_become_memory_and_whole_cards_parallel() -> None:
+    assert settings(device="gpu", gpus=0.25)["gpu_memory_utilization"] == 0.23
+    assert settings(device="gpu", gpus=0.25, gpu_memory_utilization=0.5)["gpu_memory_utilization"] == 0.5
+    assert settings(device="gpu", gpus=2)["tensor_parallel_size"] == 2
+    assert "gpu_memory_utilization" not in settings(device="gpu", gpus=1)
+
+
+def test_encoders_read_their_longest_text_in_one_step() -> None:
+    long = {"architectures": ["BertModel"], "max_position_embeddings": 8192}
+    assert settings("bi-encoder", long)["max_num_batched_tokens"] == 8192
+
+
+def test_cpu_cache_holds_the_longest_prompt_or_is_refused() -> None:
+    shape = {**QWEN, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
+    least = kv_cache_bytes(shape, 32_768, "bfloat16", 32)
+    assert least == (1024 + 1) * 32 * 28 * 2 * 8 * 128 * 2
+    assert settings(config=shape, dtype="bfloat16", max_model_len=32_768)["kv_cache_memory_bytes"] == least
+    assert settings(config=shape, max_model_len=512)["kv_cache_memory_bytes"] == 2**29
+    with pytest.raises(ValueError, match=r"engine.kv_cache_memory_bytes is 1000, but .* needs \d+"):
+        settings(config=shape, kv_cache_memory_bytes=1000)
+
+
+def test_scores_are_sigmoids_in_double_precision() -> None:
+    logits, scores = sigmoids([np.array([x], np.float32) for x in (-100, -4, 0, 4, 100)])
+    assert logits == [-100, -4, 0, 4, 100]
+    assert scores[2] == 0.5
+    assert scores[0] == pytest.approx(math.exp(-100), rel=1e-9)
+    assert scores == sorted(scores)
+
+
+@pytest.mark.parametrize("vector", [[], [1.0, 2.0], [math.nan], [math.inf]])
+def test_anything_but_one_finite_logit_is_no_score(vector: list[float]) -> None:
+    with pytest.raises(ValueError, match="one finite logit"):
+        sigmoids([np.array(vector, np.float32)])
+
+
+def test_cosines_ignore_length_and_survive_zeros() -> None:
+    query = np.array([3, 4], np.float32)
+    documents = [np.array(v, np.float32) for v in ([6, 8], [-3, -4], [4, -3], [0, 0])]
+    assert cosines(query, documents) == pytest.approx([1, -1, 0, 0])
+    assert cosines(query, []) == []
+
+
+def test_callers_load_neither_ray_nor_an_engine() -> None:
+    check = (
+        "import sys, serve_app.reranker, serve_app.reranker.messages, serve_app.reranker.engine_args as e;"
+        "e.check_engine_args({'dtype': 'auto'});"
+        "assert not {'ray', 'vllm', 'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
