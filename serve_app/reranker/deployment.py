@@ -70,10 +70,15 @@ class Reranker:
         """Scores the documents. Raises PromptTooLongError, EngineError, or TimeoutError after
         `request.timeout_s`; then, and when the call is cancelled, its pairs are aborted in the engine."""
         start = time.monotonic()
-        async with asyncio.timeout(request.timeout_s):
-            # On a thread: tokenising would hold up the loop, which in fast mode is the replica's only one.
-            built = await asyncio.to_thread(self._prompts.build, request)
-            pooled = await self._engine.pool(built.prompts, priority=request.priority)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                # On a thread: tokenising would hold up the loop, which in fast mode is the replica's only one.
+                built = await asyncio.to_thread(self._prompts.build, request)
+                pooled = await self._engine.pool(built.prompts, priority=request.priority)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{len(request.documents)} documents weren't scored within timeout_s = {request.timeout_s}"
+            ) from None
         if self._kind == "bi-encoder":
             logits = scores = cosines(pooled.vectors[0], pooled.vectors[1:])
         else:

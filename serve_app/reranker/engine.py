@@ -10,11 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.reranker.messages import EngineError
 from serve_app.reranker.prompt import Prompt
-
-
-class EngineError(RuntimeError):
-    """The engine failed, died or never started. Only text, so that callers without vLLM can read it."""
 
 
 @dataclass(frozen=True, slots=True)

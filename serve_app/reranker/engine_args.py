@@ -82,7 +82,7 @@ def engine_settings(
         settings["max_num_batched_tokens"] = max(settings["max_num_batched_tokens"], longest)
     settings |= args.engine
     settings |= {"model": str(model.folder), "runner": "pooling"}
-    settings["hf_overrides"] = _overrides(args, model) | settings.get("hf_overrides", {})
+    settings["hf_overrides"] = _overrides(args, model) | (settings.get("hf_overrides") or {})
     if device == "cpu":
         _size_cpu_cache(settings, model)
     return settings

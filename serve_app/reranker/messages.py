@@ -39,3 +39,7 @@ class ScoreResult:
 
 class PromptTooLongError(ValueError):
     """Query and instruction alone leave no room for a document; the message names the limit."""
+
+
+class EngineError(RuntimeError):
+    """The engine failed, died or never started. Holds only text, so that callers without vLLM can read it."""
