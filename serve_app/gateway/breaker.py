@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """Opens after `failures_to_open` failures in a row; then one call in `probe_every_s` is let through
-    until one succeeds. Not thread-safe: it lives on one event loop."""
+    """Opens after `failures_to_open` failures in a row; then one call at a time, `probe_every_s` after the last,
+    is let through until one succeeds. Not thread-safe: it lives on one event loop."""
 
     def __init__(
         self,
@@ -21,19 +21,18 @@ class Breaker:
         self.next_probe_at = 0.0
 
     def allows(self) -> bool:
-        """Whether a call may go out now; an open breaker says yes once per `probe_every_s`."""
+        """Whether a call may go out now. One that may has to be `settled` afterwards."""
         if self.failures < self.failures_to_open:
             return True
-        now = self.clock()
-        if now < self.next_probe_at:
+        if self.clock() < self.next_probe_at:
             return False
-        self.next_probe_at = now + self.probe_every_s
+        self.next_probe_at = float("inf")
         return True
 
-    def succeeded(self) -> None:
-        self.failures = 0
-
-    def failed(self) -> None:
-        self.failures += 1
-        if self.failures == self.failures_to_open:
-            self.next_probe_at = self.clock() + self.probe_every_s
+    def settled(self, succeeded: bool | None) -> None:
+        """A call that went out ended; None: in a way that says nothing about the other side."""
+        if succeeded:
+            self.failures = 0
+        elif succeeded is False:
+            self.failures += 1
+        self.next_probe_at = self.clock() + self.probe_every_s

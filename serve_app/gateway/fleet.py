@@ -117,23 +117,26 @@ class Fleet:
         breaker = self._breakers.setdefault(app, Breaker())
         if not breaker.allows():
             raise StageFailure("unavailable", f"{app} has not answered its last calls", retry_after_s=1)
+        succeeded: bool | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 result = await work()
+            succeeded = True
+            return result
         except PromptTooLongError:
-            breaker.succeeded()
+            succeeded = True
             raise
         except Exception as error:
             failure = _stage_failure(app, error, timeout_s)
-            if failure.reason == "timeout" and timeout_s < _TELLING_TIMEOUT_S:
-                pass
-            elif failure.reason != "overloaded":
-                breaker.failed()
             if failure.reason == "error":
                 logger.exception("%s failed", app)
+            if failure.reason == "timeout":
+                succeeded = False if timeout_s >= _TELLING_TIMEOUT_S else None
+            elif failure.reason != "overloaded":
+                succeeded = False
             raise failure from error
-        breaker.succeeded()
-        return result
+        finally:
+            breaker.settled(succeeded)
 
     async def _call(self, app: str, deployment: str, method: str, request: Any) -> Any:
         for attempt in range(_ATTEMPTS):

@@ -59,11 +59,12 @@ class Reranker:
         self._kind = args.kind
         self._model = await asyncio.to_thread(resolve, args)
         self._engine = await asyncio.to_thread(_start, args, self._model, resources.get("GPU", 0))
-        self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._engine.max_model_len)
+        self._max_model_len = self._model.longest(self._engine.max_model_len)
+        self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
         await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
-            f"max_model_len {self._engine.max_model_len}) after {time.monotonic() - start:.1f} s."
+            f"max_model_len {self._max_model_len}) after {time.monotonic() - start:.1f} s."
         )
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
@@ -99,7 +100,7 @@ class Reranker:
             "kind": self._kind,
             "revision": self._model.revision,
             "dtype": self._engine.dtype,
-            "max_model_len": self._engine.max_model_len,
+            "max_model_len": self._max_model_len,
             "unfinished": self._engine.unfinished(),
             "pid": os.getpid(),
         }

@@ -36,6 +36,14 @@ class Model:
         """Whether it is a language model with its head, as rerankers are published that answer yes or no."""
         return self.architecture.endswith("ForCausalLM")
 
+    def longest(self, max_model_len: int) -> int:
+        """Tokens the model can really read: RoBERTa's positions start behind the padding id, and vLLM's
+        `max_model_len` counts the ones before."""
+        if self.config.get("model_type") not in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"):
+            return max_model_len
+        usable = int(self.config["max_position_embeddings"]) - int(self.config.get("pad_token_id", 1)) - 1
+        return min(max_model_len, usable)
+
 
 def resolve(args: RerankerArgs) -> Model:
     """Finds or downloads `args.model` and checks it. Raises ValueError, or OSError if the hub can't be reached."""

@@ -47,7 +47,7 @@ def test_a_cascade_asks_each_model_for_what_the_one_before_kept(system):
     answer = system.client.post("/v1/search", json=body).json()
     stages = {stage["name"]: stage for stage in answer["meta"]["stages"]}
     assert "degraded" not in answer["meta"], answer["meta"]
-    assert stages["minilm"]["pairs"] == 50
+    assert 20 < stages["minilm"]["pairs"] <= 50
     assert stages["qwen-f32"]["pairs"] == 20
     assert len(answer["results"]) == 10
 

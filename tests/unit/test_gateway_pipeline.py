@@ -184,17 +184,22 @@ def test_deadline_gives_unused_time_to_later_stages():
     assert deadline.remaining_s() == 0
 
 
-def test_the_breaker_probes_once_a_second_until_a_call_succeeds():
+def test_the_breaker_lets_one_call_at_a_time_through_until_one_succeeds():
     clock = Clock()
     breaker = Breaker(failures_to_open=2, probe_every_s=1.0, clock=clock)
-    breaker.failed()
+    breaker.settled(False)
     assert breaker.allows()
-    breaker.failed()
+    breaker.settled(False)
     assert not breaker.allows()
     clock.now += 1.01
     assert breaker.allows()
-    assert not breaker.allows()
-    breaker.succeeded()
+    clock.now += 100
+    assert not breaker.allows(), "a probe is under way"
+    breaker.settled(None)
+    clock.now += 1.01
+    assert breaker.allows()
+    breaker.settled(True)
+    assert breaker.allows()
     assert breaker.allows()
 
 

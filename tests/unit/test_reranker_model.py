@@ -124,6 +124,13 @@ def test_architectures_must_fit_the_kind(tmp_path: Path, kind: str, config: dict
         resolve(args(make(tmp_path / "m", config), kind))
 
 
+def test_roberta_s_positions_start_behind_its_padding() -> None:
+    config = {"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    assert Model(Path("m"), config, "r").longest(514) == 512
+    assert Model(Path("m"), config, "r").longest(128) == 128
+    assert Model(Path("m"), {"model_type": "bert", "max_position_embeddings": 512}, "r").longest(512) == 512
+
+
 def test_fingerprints_follow_weights_and_vocabulary_only(tmp_path: Path) -> None:
     first = fingerprint(make(tmp_path / "a", QWEN))
     assert fingerprint(make(tmp_path / "b", QWEN)) == first
