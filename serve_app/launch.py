@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from serve_app.configfile import ConfigFile
 # Engines of the largest models read their weights from a network disk.
 _START_LIMIT_S = 1800
 _STOP_LIMIT_S = 60
+# For deployments that the file leaves at their defaults.
+_CPUS_BESIDE = 2
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -47,7 +50,7 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     _raise_stop_on_signals()
     with _pid_file(port):
         try:
-            _start(raw, verbose)
+            _start(raw, verbose, least_resources(raw))
             _print_ready(config, host, port)
             while True:
                 signal.pause()
@@ -73,7 +76,21 @@ def down(port: int) -> bool:
     return True
 
 
-def _start(raw: dict[str, Any], verbose: bool) -> None:
+def least_resources(raw: dict[str, Any]) -> dict[str, float]:
+    """CPUs and GPUs that the file's deployments ask for at their least number of replicas, where it states them."""
+    needed = {"num_cpus": 0.0, "num_gpus": 0.0}
+    for application in raw["applications"]:
+        for deployment in application.get("deployments") or []:
+            scaling = deployment.get("autoscaling_config")
+            replicas = scaling.get("min_replicas", 1) if isinstance(scaling, dict) else 1
+            if isinstance(deployment.get("num_replicas"), int):
+                replicas = deployment["num_replicas"]
+            for name in needed:
+                needed[name] += replicas * (deployment.get("ray_actor_options") or {}).get(name, 0)
+    return needed
+
+
+def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None:
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -85,11 +102,19 @@ def _start(raw: dict[str, Any], verbose: bool) -> None:
     ray.init(
         address="local",
         namespace="serve",
+        # On one machine replicas share the cores anyway: too few must not keep one waiting for ever.
+        num_cpus=max(os.cpu_count() or 1, math.ceil(needed["num_cpus"]) + _CPUS_BESIDE),
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=True,
         dashboard_host="127.0.0.1",
     )
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if needed["num_gpus"] > gpus:
+        raise LaunchError(
+            f"the config asks for {needed['num_gpus']:g} GPUs (num_gpus x least replicas), this machine has {gpus:g}; "
+            "serve a config for the CPU, such as configs/local.yaml, or deploy to a cluster: serve deploy FILE"
+        )
     # Ray put a handler of its own in place, which aborts the process on SIGTERM.
     _raise_stop_on_signals()
     if not verbose:

@@ -23,13 +23,15 @@ def sigmoids(vectors: Sequence[Vector]) -> tuple[list[float], list[float]]:
 
 
 def cosines(query: Vector, documents: Sequence[Vector]) -> list[float]:
-    """Cosine of the query with each document; 0 where a vector is all zeros."""
+    """Cosine of the query with each document; 0 where a vector is all zeros. Raises ValueError for NaN."""
     if not documents:
         return []
     left = query.astype(np.float64)
     right = np.stack(documents).astype(np.float64)
     norms = np.linalg.norm(left) * np.linalg.norm(right, axis=1)
     products = right @ left
+    if not np.isfinite(norms).all():
+        raise ValueError("the model gave an embedding that is not finite")
     return [float(p / n) if n else 0.0 for p, n in zip(products, norms, strict=True)]
 
 

@@ -153,6 +153,14 @@ def test_a_model_that_cannot_start_ends_the_command_with_the_reason(tmp_path, po
     assert "Traceback" not in answer.stderr
 
 
+def test_a_fleet_without_its_gpus_is_refused_with_the_numbers(port):
+    serve_app("index", "build", "--input", "examples/catalog.jsonl", "--index", ".run/index/catalog")
+    answer = serve_app("up", "configs/fleet.yaml", "--port", port, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert answer.returncode == 1
+    assert "asks for 1.75 GPUs" in answer.stderr
+    assert "this machine has 0" in answer.stderr
+
+
 def test_a_call_without_a_gateway_says_so(port):
     answer = serve_app("search", "shoes", "--url", f"http://127.0.0.1:{port}")
     assert answer.returncode == 1

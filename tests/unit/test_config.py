@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from serve_app.config import GatewaySettings, RerankerArgs, explain
 from serve_app.configfile import ConfigError, load
+from serve_app.launch import least_resources
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -136,3 +137,9 @@ def test_settings_of_another_kind_are_refused():
         RerankerArgs(model="m", kind="bi-encoder", instruction="i")
     with pytest.raises(ValidationError, match="query_prefix is set, but kind cross-encoder takes none"):
         RerankerArgs(model="m", kind="cross-encoder", query_prefix="query: ")
+
+
+def test_the_least_resources_of_a_file_are_counted_over_replicas(fleet):
+    assert least_resources(fleet) == {"num_cpus": 1 + 2 + 3 * 2, "num_gpus": 1.75}
+    application(fleet, "qwen3-4b")["deployments"][0]["autoscaling_config"]["min_replicas"] = 3
+    assert least_resources(fleet)["num_gpus"] == 2.75
