@@ -77,7 +77,7 @@ def down(port: int) -> bool:
 
 
 def least_resources(raw: dict[str, Any]) -> dict[str, float]:
-    """CPUs and GPUs that the file's deployments ask for at their least number of replicas, where it states them."""
+    """CPUs and GPUs that the file's deployments ask for at their least number of replicas."""
     needed = {"num_cpus": 0.0, "num_gpus": 0.0}
     for application in raw["applications"]:
         for deployment in application.get("deployments") or []:
@@ -112,8 +112,8 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None
     gpus = ray.cluster_resources().get("GPU", 0)
     if needed["num_gpus"] > gpus:
         raise LaunchError(
-            f"the config asks for {needed['num_gpus']:g} GPUs (num_gpus x least replicas), this machine has {gpus:g}; "
-            "serve a config for the CPU, such as configs/local.yaml, or deploy to a cluster: serve deploy FILE"
+            f"the config asks for {needed['num_gpus']:g} GPUs (num_gpus x least replicas), "
+            f"this machine has {gpus:g}; serve a config for the CPU, such as configs/local.yaml, or deploy to a cluster: serve deploy FILE"
         )
     # Ray put a handler of its own in place, which aborts the process on SIGTERM.
     _raise_stop_on_signals()
