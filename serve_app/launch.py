@@ -113,7 +113,8 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None
     if needed["num_gpus"] > gpus:
         raise LaunchError(
             f"the config asks for {needed['num_gpus']:g} GPUs (num_gpus x least replicas), "
-            f"this machine has {gpus:g}; serve a config for the CPU, such as configs/local.yaml, or deploy to a cluster: serve deploy FILE"
+            f"this machine has {gpus:g}; serve a config for the CPU, such as configs/local.yaml, "
+            "or deploy to a cluster: serve deploy FILE"
         )
     # Ray put a handler of its own in place, which aborts the process on SIGTERM.
     _raise_stop_on_signals()
