@@ -28,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 B = TypeVar("B", bound=BaseModel)
 
+# A body that trickles in must not hold one of limits.max_concurrent_calls for ever.
+_BODY_TIMEOUT_S = 10
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODIES = (wire.SearchBody, wire.RerankBody, wire.CohereV2Body, wire.ScoreBody)
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -35,6 +37,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The body is not valid, or over a limit",
         404: "No such model",
+        408: "The body came too slowly",
         413: "The body is over limits.max_body_bytes",
         415: "The body is compressed",
         429: "Too many calls under way; see Retry-After",
@@ -165,11 +168,16 @@ async def _read(request: Request, model: type[B], max_bytes: int) -> B:
         raise ApiError("unsupported_encoding", f"Content-Encoding is {encoding[:40]!r}; allowed: identity")
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise ApiError("body_too_large", f"the body is over limits.max_body_bytes, which is {max_bytes}")
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    message = f"the body is over limits.max_body_bytes, which is {max_bytes}"
+                    raise ApiError("body_too_large", message)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise ApiError("body_too_slow", f"the body was not here within {_BODY_TIMEOUT_S} s") from None
     try:
         data = from_json(b"".join(chunks), allow_inf_nan=False)
     except ValueError as error:

@@ -14,6 +14,7 @@ CODES: dict[str, tuple[int, str]] = {
     "model_not_found": (404, "not_found_error"),
     "not_found": (404, "not_found_error"),
     "method_not_allowed": (405, "invalid_request_error"),
+    "body_too_slow": (408, "timeout_error"),
     "body_too_large": (413, "invalid_request_error"),
     "unsupported_encoding": (415, "invalid_request_error"),
     "too_many_requests": (429, "rate_limit_error"),

@@ -1,5 +1,6 @@
 """The gateway's HTTP surface over a fleet double: dialects, limits and the one error body."""
 
+import asyncio
 import json
 
 import pytest
@@ -255,6 +256,20 @@ def test_unknown_paths_and_methods_get_the_error_body(gateway):
 def test_compressed_bodies_are_refused(gateway):
     response = gateway.post("/v1/search", b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
     assert response.status_code == 415
+
+
+def test_a_body_that_trickles_in_gives_its_place_up(monkeypatch):
+    monkeypatch.setattr("serve_app.gateway.app._BODY_TIMEOUT_S", 0.05)
+    gateway = Gateway()
+
+    async def body():
+        yield b'{"query":'
+        await asyncio.sleep(30)
+
+    response = gateway.request("POST", "/v1/search", content=body())
+    assert response.status_code == 408
+    assert response.json()["error"]["code"] == "body_too_slow"
+    assert gateway.service._calls == 0
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "9" * 12, "²"])
