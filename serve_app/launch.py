@@ -52,8 +52,7 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
         try:
             _start(raw, verbose, least_resources(raw))
             _print_ready(config, host, port)
-            while True:
-                signal.pause()
+            _await_end_of_ray()
         except _Stop:
             _say("stopping")
         finally:
@@ -142,13 +141,22 @@ def _await_running(names: list[str]) -> None:
             if said.get(name) != status.value:
                 said[name] = status.value
                 _say(f"{name}: {status.value}")
-            if application and status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            if application and status is ApplicationStatus.DEPLOY_FAILED:
                 raise LaunchError(f"{name} did not start: {_failure(application)}\nlogs: {_logs()}")
         if all(said[name] == ApplicationStatus.RUNNING.value for name in names):
             return
         time.sleep(0.5)
     waiting = ", ".join(f"{name} is {status}" for name, status in said.items() if status != "RUNNING")
     raise LaunchError(f"not everything started within {_START_LIMIT_S} s: {waiting}\nlogs: {_logs()}")
+
+
+def _await_end_of_ray() -> None:
+    """Returns only by an exception: a signal's, or LaunchError when Ray's own processes are gone."""
+    ray_itself = [process for process in _descendants() if process.name() in ("raylet", "gcs_server")]
+    while True:
+        gone, _ = psutil.wait_procs(ray_itself, timeout=5)
+        if gone:
+            raise LaunchError(f"Ray ended by itself (process {gone[0].pid}); see {_logs()}")
 
 
 def _failure(application: Any) -> str:

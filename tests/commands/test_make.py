@@ -81,7 +81,11 @@ def make_stop(serving, port):
     assert stopped.stdout.strip() == "stopped", stopped
 
 
-@pytest.mark.parametrize("stop", [interrupt, terminate, make_stop])
+def kill_ray(serving, port):
+    next(process for process in serving.family() if process.name() == "raylet").kill()
+
+
+@pytest.mark.parametrize("stop", [interrupt, terminate, make_stop, kill_ray])
 def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path, port, stop):
     serving = Serving(tmp_path / "log", port)
     try:

@@ -112,9 +112,13 @@ def describe_failures(names: set[str]) -> str:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of made models: `qwen`, `cross-encoder`."""
+    """Folders of made models: `qwen`, `cross-encoder` (BERT's shape), `xlmr-cross-encoder` (bge-reranker's)."""
     root = tmp_path_factory.mktemp("models")
-    makers = {"qwen": models.tiny_qwen3, "cross-encoder": models.tiny_cross_encoder}
+    makers = {
+        "qwen": models.tiny_qwen3,
+        "cross-encoder": models.tiny_cross_encoder,
+        "xlmr-cross-encoder": models.tiny_xlmr_cross_encoder,
+    }
 
     def folder(name: str) -> Path:
         path: Path = root / name
@@ -157,13 +161,16 @@ def system(model_dir: Callable[[str], Path], catalog_index: Path) -> Iterator[Sy
             },
             reranker("qwen-f32", {**qwen, "engine": {"max_model_len": 1024, "dtype": "float32"}}),
             reranker("qwen-bf16", {**qwen, "engine": {"max_model_len": 1024, "dtype": "bfloat16"}}),
-            reranker(
-                "cross-encoder",
-                {
-                    "model": str(model_dir("cross-encoder")),
-                    "kind": "cross-encoder",
-                    "engine": {"dtype": "float32"},
-                },
+            *(
+                reranker(
+                    name,
+                    {
+                        "model": str(model_dir(name)),
+                        "kind": "cross-encoder",
+                        "engine": {"dtype": "float32"},
+                    },
+                )
+                for name in ("cross-encoder", "xlmr-cross-encoder")
             ),
             reranker("minilm", {**MINILM, "engine": {"dtype": "float32"}}),
         ],
@@ -204,6 +211,7 @@ def settings() -> dict[str, Any]:
             "qwen-f32": {"pairs_per_call": 16},
             "qwen-bf16": {},
             "cross-encoder": {},
+            "xlmr-cross-encoder": {},
         },
         "pipelines": {
             **base["pipelines"],

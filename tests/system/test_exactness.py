@@ -101,13 +101,16 @@ def test_a_query_that_leaves_no_room_is_a_typed_error(score: Score) -> None:
     assert score("qwen-f32", ScoreRequest("short", ["document"])).scores
 
 
-def test_cross_encoder_scores_equal_hugging_face(score: Score, model_dir: Callable[[str], Path]) -> None:
-    folder = model_dir("cross-encoder")
+@pytest.mark.parametrize("variant", ["cross-encoder", "xlmr-cross-encoder"])
+def test_cross_encoder_scores_equal_hugging_face(
+    score: Score, model_dir: Callable[[str], Path], variant: str
+) -> None:
+    folder = model_dir(variant)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     worst, logits = 0.0, []
     for request in requests():
-        result = score("cross-encoder", request)
+        result = score(variant, request)
         for document, logit in zip(request.documents, result.logits, strict=True):
             pair = tokenizer(
                 request.query, document, truncation="only_second", max_length=512, return_tensors="pt"
@@ -117,7 +120,7 @@ def test_cross_encoder_scores_equal_hugging_face(score: Score, model_dir: Callab
             worst = max(worst, abs(logit - expected))
             logits.append(expected)
         assert result.scores == pytest.approx(torch.tensor(result.logits).sigmoid().tolist(), abs=1e-6)
-    print(f"\ncross-encoder, {len(logits)} pairs: largest logit difference {worst:.2e}")
+    print(f"\n{variant}, {len(logits)} pairs: largest logit difference {worst:.2e}")
     assert worst <= 1e-3
     assert max(logits) - min(logits) > 4
 
