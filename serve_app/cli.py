@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(run=_up)
 
     down = commands.add_parser("down", help="stop what `up` serves on this machine")
-    down.add_argument("--port", type=_port, default=8000)
+    down.add_argument("--port", type=_port, help="where several are up")
     down.set_defaults(run=_down)
 
     check = commands.add_parser("check", help="validate a config without starting anything")
@@ -110,7 +110,7 @@ def _down(arguments: argparse.Namespace) -> int:
         stopped = down(arguments.port)
     except LaunchError as error:
         return _complain(error, 1)
-    print("stopped" if stopped else f"nothing of ours serves on port {arguments.port}")
+    print(f"stopped what served on port {stopped}" if stopped else "nothing of ours is up")
     return 0
 
 

@@ -44,12 +44,17 @@ class ConfigFile:
     gateways: dict[str, GatewaySettings]
 
     @property
+    def applications(self) -> list[dict[str, Any]]:
+        applications: list[dict[str, Any]] = self.raw["applications"]
+        return applications
+
+    @property
     def host(self) -> str:
-        return str(self.raw.get("http_options", {}).get("host", "0.0.0.0"))
+        return str((self.raw.get("http_options") or {}).get("host", "0.0.0.0"))
 
     @property
     def port(self) -> int:
-        return int(self.raw.get("http_options", {}).get("port", 8000))
+        return int((self.raw.get("http_options") or {}).get("port", 8000))
 
 
 def load(path: Path) -> ConfigFile:
@@ -58,6 +63,9 @@ def load(path: Path) -> ConfigFile:
     problems = _serve_problems(raw)
     if problems:
         raise ConfigError("\n".join(problems))
+    for application in raw["applications"]:
+        # Serve's own default; with two such applications it refuses the file.
+        application.setdefault("name", "default")
     found: dict[type[BaseModel], dict[str, Any]] = {RecallArgs: {}, RerankerArgs: {}, GatewayArgs: {}}
     settings: dict[str, GatewaySettings] = {}
     for i, application in enumerate(raw["applications"]):
@@ -90,7 +98,7 @@ def load(path: Path) -> ConfigFile:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        raw = yaml.load(path.read_text("utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -99,20 +107,70 @@ def _read(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(raw, dict):
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deep") from None
+    if not isinstance(raw, dict) or not raw.get("applications"):
         raise ConfigError(f"{path}: is not a Serve config file (needs `applications:`)")
     return raw
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep)
+
+
 def _serve_problems(raw: dict[str, Any]) -> list[str]:
-    """What Serve itself would refuse."""
-    from ray.serve.schema import ServeDeploySchema
+    """What Serve itself would refuse, and the keys that it would ignore in silence."""
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import (
+        DeploymentSchema,
+        HTTPOptionsSchema,
+        RayActorOptionsSchema,
+        ServeApplicationSchema,
+        ServeDeploySchema,
+    )
 
     try:
         ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
         return explain(error, "config").splitlines()
-    return []
+    http = raw.get("http_options") or {}
+    problems = _unknown_keys("config", raw, ServeDeploySchema)
+    problems += _unknown_keys("config.http_options", http, HTTPOptionsSchema)
+    if not 0 < http.get("port", 8000) < 65536:
+        problems.append(f"config.http_options.port is {http['port']}; allowed: 1 to 65535")
+    for i, application in enumerate(raw["applications"]):
+        where = f"applications[{i}]"
+        problems += _unknown_keys(where, application, ServeApplicationSchema)
+        for j, deployment in enumerate(application.get("deployments") or []):
+            place = f"{where}.deployments[{j}]"
+            problems += _unknown_keys(place, deployment, DeploymentSchema)
+            options = deployment.get("ray_actor_options") or {}
+            problems += _unknown_keys(f"{place}.ray_actor_options", options, RayActorOptionsSchema)
+            scaling = deployment.get("autoscaling_config")
+            if isinstance(scaling, dict):
+                problems += _unknown_keys(f"{place}.autoscaling_config", scaling, AutoscalingConfig)
+                _validated(AutoscalingConfig, scaling, f"{place}.autoscaling_config", problems)
+    return problems
+
+
+def _unknown_keys(where: str, block: dict[str, Any], model: type[BaseModel]) -> list[str]:
+    known = list(model.model_fields)
+    return [
+        f"{where}.{key} is no setting of Serve's; {closest(str(key), known) or 'known: ' + ', '.join(known)}"
+        for key in block
+        if key not in known
+    ]
 
 
 def _validated(model: type[Any], value: Any, where: str, problems: list[str]) -> Any:
@@ -131,11 +189,19 @@ def _mistyped_builder(where: str, import_path: str) -> list[str]:
 
 
 def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -> list[str]:
-    return [
-        f"{where}.deployments names {deployment['name']!r}; this application has {', '.join(kind.deployments)}"
-        for deployment in application.get("deployments") or []
-        if deployment["name"] not in kind.deployments
-    ]
+    problems: list[str] = []
+    seen: set[str] = set()
+    for deployment in application.get("deployments") or []:
+        name = deployment["name"]
+        if name not in kind.deployments:
+            allowed = ", ".join(kind.deployments)
+            problems.append(f"{where}.deployments names {name!r}; this application has {allowed}")
+        elif name in seen:
+            problems.append(f"{where}.deployments names {name!r} twice")
+        elif deployment.get("user_config") is not None and name != "Gateway":
+            problems.append(f"{where}.deployments.{name}.user_config is set, but {name} takes none")
+        seen.add(name)
+    return problems
 
 
 def _engine_problems(where: str, args: Block) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import math
 import os
@@ -21,8 +22,12 @@ from serve_app.configfile import ConfigFile
 # Engines of the largest models read their weights from a network disk.
 _START_LIMIT_S = 1800
 _STOP_LIMIT_S = 60
-# For deployments that the file leaves at their defaults.
-_CPUS_BESIDE = 2
+# What our deployments ask for where the file says nothing.
+_DEFAULT_CPUS = {
+    "serve_app.gateway:build": {"Gateway": 0.25},
+    "serve_app.recall:build": {"Recall": 0.5, "Front": 0.0},
+    "serve_app.reranker:build": {"Reranker": 1.0, "Front": 0.0},
+}
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -50,7 +55,7 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     _raise_stop_on_signals()
     with _pid_file(port):
         try:
-            _start(raw, verbose, least_resources(raw))
+            _start(raw, verbose, least_resources(config))
             _print_ready(config, host, port)
             _await_end_of_ray()
         except _Stop:
@@ -59,33 +64,45 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
             _stop()
 
 
-def down(port: int) -> bool:
-    """Stops the `serve-app up` that serves on `port` of this machine; False when there is none."""
+def down(port: int | None) -> int | None:
+    """Stops the `serve-app up` that serves on `port` of this machine, or the only one there is. The port it served
+    on; None when there is none. Raises LaunchError when there are several, or when it does not stop."""
+    running = {_port_of(path): pid for path in _pid_files() if (pid := _holder_of(path)) is not None}
+    if port is None and len(running) > 1:
+        raise LaunchError(f"several are up, on ports {', '.join(map(str, sorted(running)))}; say which: --port N")
+    found = next(iter(running), None) if port is None else port
+    if found is None or found not in running:
+        return None
     try:
-        pid = int(_pid_path(port).read_text())
-        process = psutil.Process(pid)
-        if "serve-app" not in " ".join(process.cmdline()):
-            return False
+        process = psutil.Process(running[found])
         process.terminate()
         process.wait(_STOP_LIMIT_S + 30)
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
-        return False
+    except psutil.NoSuchProcess:
+        pass
     except psutil.TimeoutExpired:
-        raise LaunchError(f"process {pid} did not stop; end it with: kill -9 {pid}") from None
-    return True
+        raise LaunchError(
+            f"process {running[found]} did not stop; end it with: kill -9 {running[found]}"
+        ) from None
+    return found
 
 
-def least_resources(raw: dict[str, Any]) -> dict[str, float]:
-    """CPUs and GPUs that the file's deployments ask for at their least number of replicas."""
+def least_resources(config: ConfigFile) -> dict[str, float]:
+    """CPUs and GPUs that the file's applications ask for at their least number of replicas."""
     needed = {"num_cpus": 0.0, "num_gpus": 0.0}
-    for application in raw["applications"]:
-        for deployment in application.get("deployments") or []:
+    for application in config.applications:
+        stated = {deployment["name"]: deployment for deployment in application.get("deployments") or []}
+        for name in {*stated, *_DEFAULT_CPUS.get(application["import_path"], ())}:
+            deployment = stated.get(name, {})
             scaling = deployment.get("autoscaling_config")
-            replicas = scaling.get("min_replicas", 1) if isinstance(scaling, dict) else 1
-            if isinstance(deployment.get("num_replicas"), int):
-                replicas = deployment["num_replicas"]
-            for name in needed:
-                needed[name] += replicas * (deployment.get("ray_actor_options") or {}).get(name, 0)
+            if isinstance(scaling, dict):
+                replicas = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
+            else:
+                replicas = deployment.get("num_replicas", 1)
+            options = deployment.get("ray_actor_options") or {}
+            default_cpus = _DEFAULT_CPUS.get(application["import_path"], {}).get(name, 1.0)
+            replicas = replicas if isinstance(replicas, int) else 1
+            needed["num_cpus"] += replicas * (options.get("num_cpus", default_cpus) or 0)
+            needed["num_gpus"] += replicas * (options.get("num_gpus") or 0)
     return needed
 
 
@@ -102,7 +119,7 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None
         address="local",
         namespace="serve",
         # On one machine replicas share the cores anyway: too few must not keep one waiting for ever.
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needed["num_cpus"]) + _CPUS_BESIDE),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(needed["num_cpus"])),
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=True,
@@ -121,7 +138,8 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     schema = ServeDeploySchema.model_validate(raw)
     http = schema.http_options.model_dump()
-    serve.start(proxy_location=schema.proxy_location, http_options=http)
+    grpc = schema.grpc_options.model_dump()
+    serve.start(proxy_location=schema.proxy_location, http_options=http, grpc_options=grpc)
     # What `serve run FILE` does; Serve has no public call for a config file.
     _get_global_client().deploy_apps(schema, _blocking=False)
     _await_running([application.name for application in schema.applications])
@@ -172,9 +190,13 @@ def _failure(application: Any) -> str:
 
 
 def _print_ready(config: ConfigFile, host: str, port: int) -> None:
+    if not config.gateways:
+        return _say("ready; no application of the config is a gateway, so there is no HTTP API")
+    name, settings = next(iter(config.gateways.items()))
+    prefix = next(a.get("route_prefix") for a in config.applications if a["name"] == name) or "/"
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    url = f"http://{shown}:{port}"
-    if config.recalls and any(settings.recall for settings in config.gateways.values()):
+    url = f"http://{shown}:{port}{prefix.rstrip('/')}"
+    if settings.recall:
         path, body = "/v1/search", '{"query": "wireless headphones that block out noise", "top_n": 3}'
     else:
         path, body = "/v1/rerank", '{"query": "capital of France", "documents": ["London", "Paris"]}'
@@ -255,14 +277,45 @@ def _pid_path(port: int) -> Path:
     return Path(tempfile.gettempdir()) / f"serve-app-{os.getuid()}-{port}.pid"
 
 
+def _pid_files() -> list[Path]:
+    return sorted(Path(tempfile.gettempdir()).glob(f"serve-app-{os.getuid()}-*.pid"))
+
+
+def _port_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _holder_of(path: Path) -> int | None:
+    """The process that holds the pid file; None when nobody does and it was only left behind."""
+    try:
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read())
+    except (OSError, ValueError):
+        pass
+    return None
+
+
 @contextlib.contextmanager
 def _pid_file(port: int) -> Iterator[None]:
+    """Holds the port's pid file by a lock: one process at a time serves on a port, and a stale file means nothing."""
     path = _pid_path(port)
-    path.write_text(str(os.getpid()))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"process {_holder_of(path)} is starting or serving on port {port} already"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _raise_stop_on_signals() -> None:

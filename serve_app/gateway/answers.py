@@ -80,7 +80,7 @@ def meta(call: Call, reports: Sequence[StageReport]) -> dict[str, Any]:
     body: dict[str, Any] = {
         "route": call.plan.route,
         "pipeline": call.plan.pipeline,
-        "variants": [stage.variant for stage in call.plan.stages],
+        "variants": [report.name for report in reports if report.name != "recall"],
         "stages": [_stage(report) for report in reports],
         "took_ms": round((time.monotonic() - call.started) * 1e3, 2),
     }

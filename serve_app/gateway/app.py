@@ -15,12 +15,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve_app import __version__
 from serve_app.gateway import wire
 from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.limits import limit
 from serve_app.gateway.plan import Call, resolve, timeout_ms
 from serve_app.gateway.service import Service
 
@@ -67,23 +69,29 @@ def create_app(service: Service) -> FastAPI:
 
         return await _answer(service, request, wire.SearchBody, answer)
 
-    async def rerank(request: Request) -> Response:
-        async def answer(body: wire.RerankBody) -> Any:
-            call = _call(service, request, body)
-            query = _text(body.query, None, "query")
-            documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
-            ranking = await service.rerank(call, query, documents)
-            with_documents = body.return_documents
-            if with_documents is None:
-                # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
-                with_documents = not request.url.path.endswith("/v1/rerank")
-            shown = [_shown(document) for document in body.documents] if with_documents else None
-            return rerank_answer(call, ranking, body.top_n, shown)
+    def rerank(documents_by_default: bool) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            async def answer(body: wire.RerankBody) -> Any:
+                call = _call(service, request, body)
+                limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
+                query = _text(body.query, None, "query")
+                documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
+                ranking = await service.rerank(call, query, documents)
+                wanted = documents_by_default if body.return_documents is None else body.return_documents
+                shown = [_shown(document) for document in body.documents] if wanted else None
+                return rerank_answer(call, ranking, body.top_n, shown)
 
-        return await _answer(service, request, wire.RerankBody, answer)
+            return await _answer(service, request, wire.RerankBody, answer)
 
-    for path, dialect in (("/v1/rerank", "Cohere v1, Jina"), ("/rerank", "vLLM, Jina")):
-        app.post(path, **_takes(wire.RerankBody, wire.RerankAnswer, f"Rerank documents ({dialect})"))(rerank)
+        return endpoint
+
+    # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
+    for path, dialect, with_documents in (
+        ("/v1/rerank", "Cohere v1, Jina", False),
+        ("/rerank", "vLLM, Jina", True),
+    ):
+        described = _takes(wire.RerankBody, wire.RerankAnswer, f"Rerank documents ({dialect})")
+        app.post(path, **described)(rerank(with_documents))
 
     @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
     async def rerank_v2(request: Request) -> Response:
@@ -96,8 +104,8 @@ def create_app(service: Service) -> FastAPI:
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
             call = _call(service, request, body)
-            scores, reports = await service.score(call, body.pairs())
-            return score_answer(call, scores, reports)
+            scores, report = await service.score(call, body.pairs())
+            return score_answer(call, scores, [report])
 
         return await _answer(service, request, wire.ScoreBody, answer)
 
@@ -106,16 +114,17 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models", summary="Names that `model` may have", responses={503: _ERRORS[503]})
     async def models(request: Request) -> Response:
-        return _json(service.models(), request_id=_request_id(request))
+        return _json(service.models())
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The gateway is up")
     async def healthz(request: Request) -> Response:
-        return _json({"status": "ok"}, request_id=_request_id(request))
+        return _json({"status": "ok"})
 
     @app.get("/readyz", summary="What the routes need is up", responses={503: {"description": "Not yet"}})
     async def readyz(request: Request) -> Response:
         ready, body = service.readiness()
-        return _json(body, 200 if ready else 503, request_id=_request_id(request))
+        return _json(body, 200 if ready else 503)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -148,11 +157,12 @@ async def _answer(
         return _error(error, request_id)
     try:
         body = await _read(request, model, service.settings.limits.max_body_bytes)
-        return _json(await answer(body), request_id=request_id)
+        return _json(await answer(body))
     except ApiError as error:
         return _error(error, request_id)
-    except asyncio.CancelledError:
-        raise
+    except ClientDisconnect:
+        # Nobody reads this; it only ends the call.
+        return Response(status_code=400)
     except Exception:
         logger.exception("request %s failed", request_id)
         return _error(
@@ -164,7 +174,7 @@ async def _answer(
 
 async def _read(request: Request, model: type[B], max_bytes: int) -> B:
     encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    if encoding.strip().lower() not in ("", "identity"):
         raise ApiError("unsupported_encoding", f"Content-Encoding is {encoding[:40]!r}; allowed: identity")
     chunks: list[bytes] = []
     size = 0
@@ -222,7 +232,8 @@ def _header_timeout_ms(request: Request) -> int | None:
 
 
 def _request_id(request: Request) -> str:
-    """The caller's X-Request-Id if it is one that a log can carry, else a new one; the same all call long."""
+    """The caller's X-Request-Id if it is one that a log can carry, else a new one; the same all call long. Serve
+    makes one where the caller did not, and puts the header on the answer."""
     state = request.state
     if not hasattr(state, "request_id"):
         given = request.headers.get("x-request-id", "")
@@ -231,20 +242,16 @@ def _request_id(request: Request) -> str:
     return request_id
 
 
-def _json(body: Any, status: int = 200, *, request_id: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(
-        to_json(body),
-        status,
-        {"X-Request-Id": request_id, **(headers or {})},
-        media_type="application/json",
-    )
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # A catalogue's or caller's 1e400 is infinity, which JSON cannot say.
+    return Response(to_json(body, inf_nan_mode="null"), status, headers, media_type="application/json")
 
 
 def _error(error: ApiError, request_id: str, headers: dict[str, str] | None = None) -> Response:
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    return _json(error.body(request_id), error.status, request_id=request_id, headers=headers)
+    return _json(error.body(request_id), error.status, headers)
 
 
 # ---- dialects
@@ -256,7 +263,7 @@ def _text(document: str | wire.TextDocument, rank_fields: list[str] | None, para
         return document
     if rank_fields:
         fields = {"text": document.text, **(document.model_extra or {})}
-        present = [(name, fields[name]) for name in rank_fields if fields.get(name) is not None]
+        present = [(name, fields[name]) for name in dict.fromkeys(rank_fields) if fields.get(name) is not None]
         return "\n".join(
             f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
             for name, value in present

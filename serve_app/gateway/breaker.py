@@ -2,6 +2,15 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A call that was let through; hand it back to `Breaker.settle` whatever becomes of it."""
+
+    began: float
+    is_probe: bool
 
 
 class Breaker:
@@ -18,21 +27,33 @@ class Breaker:
         self.probe_every_s = probe_every_s
         self.clock = clock
         self.failures = 0
-        self.next_probe_at = 0.0
+        self._probing = False
+        self._next_probe_at = 0.0
+        self._last_success_at = float("-inf")
 
-    def allows(self) -> bool:
-        """Whether a call may go out now. One that may has to be `settled` afterwards."""
+    def enter(self, can_probe: bool = True) -> Pass | None:
+        """Lets a call through, or not (None). `can_probe` says that the call's end would tell something."""
+        now = self.clock()
         if self.failures < self.failures_to_open:
-            return True
-        if self.clock() < self.next_probe_at:
-            return False
-        self.next_probe_at = float("inf")
-        return True
+            return Pass(now, is_probe=False)
+        if not can_probe or self._probing or now < self._next_probe_at:
+            return None
+        self._probing = True
+        return Pass(now, is_probe=True)
 
-    def settled(self, succeeded: bool | None) -> None:
-        """A call that went out ended; None: in a way that says nothing about the other side."""
-        if succeeded:
-            self.failures = 0
-        elif succeeded is False:
+    def succeeded(self) -> None:
+        """The other side did some work, be it a part of a call."""
+        self.failures = 0
+        self._last_success_at = self.clock()
+
+    def settle(self, call: Pass, failed: bool | None) -> None:
+        """The call is over; `failed` is None when that says nothing about the other side. A failure counts unless
+        the other side did anything since the call began: then it is alive, and was asked for too much."""
+        now = self.clock()
+        if call.is_probe:
+            self._probing = False
+            self._next_probe_at = now if failed is None else now + self.probe_every_s
+        if failed and self._last_success_at < call.began:
             self.failures += 1
-        self.next_probe_at = self.clock() + self.probe_every_s
+            if self.failures == self.failures_to_open:
+                self._next_probe_at = now + self.probe_every_s

@@ -1,9 +1,10 @@
 """The gateway's way to the other applications: Serve handles, with deadlines, retries and circuit breakers."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ray import serve
@@ -55,11 +56,9 @@ class Fleet:
             self._watching.cancel()
 
     def running(self, app: str, deployment: str) -> int | None:
-        """Replicas that run now; None when it is not known yet."""
-        if self.apps is None:
-            return None
-        status = self.apps.get(app)
-        return status.running.get(deployment, 0) if status else 0
+        """Replicas that run now; None when Serve does not know the deployment, or has not been heard yet."""
+        status = (self.apps or {}).get(app)
+        return status.running.get(deployment) if status else None
 
     def status(self, app: str) -> str:
         """Serve's word for the application's state; NOT_DEPLOYED where Serve does not know it."""
@@ -68,10 +67,9 @@ class Fleet:
 
     async def recall(self, app: str, request: RecallRequest) -> RecallResult:
         """Raises StageFailure."""
-        result: RecallResult = await self._guarded(
-            app, request.timeout_s, lambda: self._call(app, "Recall", "search", request)
-        )
-        return result
+        (result,) = await self._guarded(app, "Recall", "search", [request], request.timeout_s)
+        answer: RecallResult = result
+        return answer
 
     async def score(
         self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float
@@ -81,24 +79,11 @@ class Fleet:
         Raises StageFailure when any part could not be scored, and PromptTooLongError.
         """
         documents = request.documents
-        chunks = [documents[i : i + pairs_per_call] for i in range(0, len(documents), pairs_per_call)]
         requests = [
-            ScoreRequest(
-                query=request.query,
-                documents=chunk,
-                instruction=request.instruction,
-                max_tokens_per_doc=request.max_tokens_per_doc,
-                priority=request.priority,
-                request_id=request.request_id,
-                timeout_s=timeout_s,
-            )
-            for chunk in chunks
+            replace(request, documents=documents[i : i + pairs_per_call], timeout_s=timeout_s)
+            for i in range(0, len(documents), pairs_per_call)
         ]
-        parts: list[ScoreResult] = await self._guarded(
-            variant,
-            timeout_s,
-            lambda: _all_or_none([self._call(variant, "Reranker", "score", part) for part in requests]),
-        )
+        parts: list[ScoreResult] = await self._guarded(variant, "Reranker", "score", requests, timeout_s)
         return ScoreResult(
             scores=[score for part in parts for score in part.scores],
             logits=[logit for part in parts for logit in part.logits],
@@ -109,34 +94,45 @@ class Fleet:
             took_ms=max(part.took_ms for part in parts),
         )
 
-    async def _guarded(self, app: str, timeout_s: float, work: Any) -> Any:
-        """`work` within `timeout_s`, not begun at all while the application is known to be down; whatever goes
-        wrong becomes a StageFailure."""
-        if self.apps is not None and app not in self.apps:
+    async def _guarded(
+        self, app: str, deployment: str, method: str, requests: Sequence[Any], timeout_s: float
+    ) -> list[Any]:
+        """The answers to all `requests` within `timeout_s`; none is sent while the application is known to be
+        down. Whatever goes wrong becomes a StageFailure."""
+        if timeout_s <= 0:
+            raise StageFailure("timeout", f"no time was left for {app}")
+        if self.running(app, deployment) is None and self.apps is not None:
             raise StageFailure("unavailable", f"{app} is not deployed", retry_after_s=5)
         breaker = self._breakers.setdefault(app, Breaker())
-        if not breaker.allows():
+        telling = timeout_s >= _TELLING_TIMEOUT_S
+        call = breaker.enter(can_probe=telling)
+        if call is None:
             raise StageFailure("unavailable", f"{app} has not answered its last calls", retry_after_s=1)
-        succeeded: bool | None = None
+        failed: bool | None = None
+
+        async def answer(request: Any) -> Any:
+            result = await self._call(app, deployment, method, request)
+            breaker.succeeded()
+            return result
+
         try:
             async with asyncio.timeout(timeout_s):
-                result = await work()
-            succeeded = True
-            return result
-        except PromptTooLongError:
-            succeeded = True
-            raise
+                return await all_or_none([answer(request) for request in requests])
+        except PromptTooLongError as error:
+            breaker.succeeded()
+            # Wrapped by Serve's plain mode, its text would be the replica's whole traceback.
+            raise PromptTooLongError(str(_cause(error))) from None
         except Exception as error:
             failure = _stage_failure(app, error, timeout_s)
             if failure.reason == "error":
                 logger.exception("%s failed", app)
             if failure.reason == "timeout":
-                succeeded = False if timeout_s >= _TELLING_TIMEOUT_S else None
+                failed = True if telling else None
             elif failure.reason != "overloaded":
-                succeeded = False
+                failed = True
             raise failure from error
         finally:
-            breaker.settled(succeeded)
+            breaker.settle(call, failed)
 
     async def _call(self, app: str, deployment: str, method: str, request: Any) -> Any:
         for attempt in range(_ATTEMPTS):
@@ -145,7 +141,12 @@ class Fleet:
                 return await response
             except asyncio.CancelledError:
                 # Serve's plain mode does not pass a cancelled wait on to the replica.
-                response.cancel()
+                with contextlib.suppress(Exception):
+                    response.cancel()
+                task = asyncio.current_task()
+                if task is not None and not task.cancelling():
+                    # The replica's own, as one that is being stopped sends: it has not been asked for here.
+                    raise StageFailure("unavailable", f"{app} gave the call up", retry_after_s=1) from None
                 raise
             except RayActorError:
                 if attempt == _ATTEMPTS - 1:
@@ -154,7 +155,10 @@ class Fleet:
 
     def _handle(self, app: str, deployment: str) -> DeploymentHandle:
         if (app, deployment) not in self._handles:
-            self._handles[app, deployment] = serve.get_deployment_handle(deployment, app_name=app)
+            # The check would ask the controller and block the event loop; `_guarded` knows what is deployed.
+            self._handles[app, deployment] = serve.get_deployment_handle(
+                deployment, app_name=app, _check_exists=False
+            )
         return self._handles[app, deployment]
 
     async def _watch(self) -> None:
@@ -180,7 +184,7 @@ def _read_status() -> dict[str, AppStatus]:
     }
 
 
-async def _all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all calls in order; when one fails, the others are cancelled and awaited first."""
     if len(calls) == 1:
         return [await calls[0]]
@@ -194,8 +198,9 @@ async def _all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _stage_failure(app: str, error: Exception, timeout_s: float) -> StageFailure:
-    # Serve hands on a replica's exception wrapped in its plain mode, bare in its fast one.
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, StageFailure):
+        return error
+    cause = _cause(error)
     if isinstance(cause, TimeoutError):
         return StageFailure("timeout", f"{app} did not answer within {timeout_s * 1e3:.0f} ms")
     if isinstance(cause, BackPressureError):
@@ -206,4 +211,10 @@ def _stage_failure(app: str, error: Exception, timeout_s: float) -> StageFailure
         return StageFailure("unavailable", f"{app} failed to deploy", retry_after_s=30)
     if isinstance(cause, RayServeException):
         return StageFailure("unavailable", f"{app} is not deployed or not ready", retry_after_s=5)
-    return StageFailure("error", f"{app} failed with {type(cause).__name__}")
+    return StageFailure("error", f"{app} failed with {type(cause).__name__}", retry_after_s=1)
+
+
+def _cause(error: Exception) -> Exception:
+    """A replica's exception as it was raised: Serve wraps it in its plain mode."""
+    cause: Exception = error.cause if isinstance(error, RayTaskError) else error
+    return cause

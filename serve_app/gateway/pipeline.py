@@ -48,8 +48,11 @@ class StageReport:
     failure: StageFailure | None = None
 
     def count(self, result: ScoreResult) -> None:
-        self.pairs, self.tokens = len(result.scores), result.tokens
-        self.cached_tokens, self.truncated = result.cached_tokens, result.truncated
+        """Adds what a call to the stage's variant did."""
+        self.pairs += len(result.scores)
+        self.tokens += result.tokens
+        self.cached_tokens += result.cached_tokens
+        self.truncated += result.truncated
 
 
 @dataclass(slots=True)
@@ -89,14 +92,17 @@ async def run(
     ranking = Ranking(list(range(n)), list(recall_scores or [0.0] * n), [None] * n, [[] for _ in range(n)])
     ordered = recall_scores is not None
     below: list[int] = []
+    skipped = [skip(stage) for stage in stages]
     for i, stage in enumerate(stages if documents else ()):
         head = ranking.order
-        report = StageReport(stage.variant, skipped=skip(stage))
+        report = StageReport(stage.variant, skipped=skipped[i])
         ranking.reports.append(report)
         if report.skipped is None:
             started = time.monotonic()
             try:
-                result = await score(stage, query, [documents[p] for p in head], deadline.share_s(len(stages) - i))
+                result = await score(
+                    stage, query, [documents[p] for p in head], deadline.share_s(skipped[i:].count(None))
+                )
             except StageFailure as failure:
                 report.failure = failure
             else:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from serve_app.config import GatewaySettings, Stage, explain
 from serve_app.gateway import lexical
 from serve_app.gateway.errors import ApiError
-from serve_app.gateway.fleet import Fleet
+from serve_app.gateway.fleet import Fleet, all_or_none
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
 from serve_app.gateway.plan import Call, variants_in_use
@@ -20,6 +20,11 @@ from serve_app.recall.messages import Candidate, RecallRequest
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
 
 logger = logging.getLogger("ray.serve")
+
+# Blank documents are put this much below the worst of the others.
+_BELOW = 1e-6
+# Queries of one score call that are under way at once.
+_QUERIES_AT_ONCE = 8
 
 
 class Service:
@@ -35,7 +40,9 @@ class Service:
     @property
     def settings(self) -> GatewaySettings:
         if self._settings is None:
-            raise ApiError("unavailable", "the gateway has no settings: its user_config is missing")
+            raise ApiError(
+                "unavailable", "the gateway has no settings: its user_config is missing", retry_after_s=5
+            )
         return self._settings
 
     def configure(self, user_config: dict[str, Any]) -> None:
@@ -101,7 +108,7 @@ class Service:
         check_documents(call.settings, documents)
         return await self._rank(call, call.plan.stages, query, documents, None)
 
-    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], list[StageReport]]:
+    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], StageReport]:
         """The last stage's score of every (query, document) pair. There is no fallback: a score is a model's
         number or an error."""
         if not call.plan.stages:
@@ -109,25 +116,32 @@ class Service:
         stage = call.plan.stages[-1]
         check_documents(call.settings, [document for _, document in pairs], "text_2")
         positions_of: dict[str, list[int]] = {}
-        for position, (query, _) in enumerate(pairs):
+        for position, (query, document) in enumerate(pairs):
+            if is_blank(document):
+                raise ApiError("invalid_request", f"text_2[{position}] is blank", param=f"text_2[{position}]")
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
             check_query(call.settings, query, "text_1")
-        scores = [0.0] * len(pairs)
-        reports: list[StageReport] = []
+        started = time.monotonic()
         scorer = self._scorer(call)
-        for query, positions in positions_of.items():
-            started = time.monotonic()
-            try:
-                result = await scorer(stage, query, [pairs[p][1] for p in positions], call.deadline.remaining_s())
-            except StageFailure as failure:
-                raise _nothing_possible(failure) from failure
+        places = asyncio.Semaphore(_QUERIES_AT_ONCE)
+
+        async def score(query: str, positions: list[int]) -> ScoreResult:
+            async with places:
+                documents = [pairs[p][1] for p in positions]
+                return await scorer(stage, query, documents, call.deadline.remaining_s())
+
+        try:
+            results = await all_or_none([score(query, positions) for query, positions in positions_of.items()])
+        except StageFailure as failure:
+            raise _nothing_possible(failure) from failure
+        scores = [0.0] * len(pairs)
+        report = StageReport(stage.variant, took_ms=(time.monotonic() - started) * 1e3)
+        for positions, result in zip(positions_of.values(), results, strict=True):
+            report.count(result)
             for position, value in zip(positions, result.scores, strict=True):
                 scores[position] = value
-            report = StageReport(stage.variant, took_ms=(time.monotonic() - started) * 1e3)
-            report.count(result)
-            reports.append(report)
-        return scores, reports
+        return scores, report
 
     async def _rank(
         self,
@@ -175,7 +189,7 @@ class Service:
                 raise ApiError("prompt_too_long", str(error), param="query") from None
             if len(written) == len(documents):
                 return result
-            worst = min(0.0, *result.scores)
+            worst = min(0.0, *result.scores) - _BELOW
             scores = iter(result.scores)
             spread = [worst if is_blank(document) else next(scores) for document in documents]
             return ScoreResult(
@@ -199,15 +213,16 @@ class Service:
         return {"object": "list", "data": [{**frame, **entry} for entry in entries]}
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Whether every application that a route's traffic needs has a replica, and what each one has."""
+        """Whether calls can be answered, be it degraded: recall, where there is one, has a replica. And what each
+        application has that a route's traffic needs; a sleeping or dead variant takes no gateway out."""
         settings = self.settings
         needed = [(settings.recall, "Recall")] if settings.recall else []
         needed += [(variant, "Reranker") for variant in sorted(variants_in_use(settings))]
         applications = {
-            app: {"status": self.fleet.status(app), "running_replicas": self.fleet.running(app, deployment)}
+            app: {"status": self.fleet.status(app), "running_replicas": self.fleet.running(app, deployment) or 0}
             for app, deployment in needed
         }
-        ready = all(application["running_replicas"] for application in applications.values())
+        ready = settings.recall is None or bool(self.fleet.running(settings.recall, "Recall"))
         body: dict[str, Any] = {"ready": ready, "applications": applications}
         if self.settings_error is not None:
             body["settings_error"] = self.settings_error
@@ -236,5 +251,9 @@ def _text(candidate: Candidate) -> str:
 
 
 def _bounded_bm25(query: str, documents: list[str]) -> list[float]:
-    """BM25 squeezed into [0, 1), the range in which clients expect a relevance score."""
-    return [score / (1 + score) for score in lexical.bm25(query, documents)]
+    """BM25 squeezed into [0, 1), the range in which clients expect a relevance score; blank documents below."""
+    scores = lexical.bm25(query, documents)
+    return [
+        -_BELOW if is_blank(document) else score / (1 + score)
+        for score, document in zip(scores, documents, strict=True)
+    ]

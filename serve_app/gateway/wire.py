@@ -61,7 +61,9 @@ class RerankBody(Body):
     documents: list[str | TextDocument]
     top_n: TopN = None
     return_documents: bool | None = None
-    rank_fields: list[str] | None = Field(default=None, description="Fields of object documents to read.")
+    rank_fields: list[str] | None = Field(
+        default=None, max_length=32, description="Fields of object documents to read."
+    )
     instruction: Instruction = None
     max_tokens_per_doc: int | None = Field(
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."

@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
+import regex
 import tantivy
 
 # Goes into every index; an index of another version is refused, because its terms would not be found.
@@ -56,6 +57,8 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff
 _WORD = re.compile(f"[^\\W_{_UNSPACED}]+")
 # Latin, Greek and Cyrillic diacritics; tone marks of Thai and Lao.
 _MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
+# Normalisation sorts runs of combining marks in quadratic time; no language has such runs.
+_LONG_MARKS = regex.compile(r"(\p{M}{16})\p{M}+")
 _HYPHENS = str.maketrans("‐‑‒–−", "-----")
 
 _HUMP = re.compile(r"[a-z][A-Z]")
@@ -113,7 +116,7 @@ def fold(text: str) -> str:
     """NFKC without diacritics. Case stays, because it shows where words of an identifier begin."""
     if text.isascii():
         return text
-    plain = _MARKS.sub("", unicodedata.normalize("NFKD", text))
+    plain = _MARKS.sub("", unicodedata.normalize("NFKD", _LONG_MARKS.sub(r"\1", text)))
     return unicodedata.normalize("NFKC", plain).replace("ß", "ss").replace("ς", "σ").translate(_HYPHENS)
 
 

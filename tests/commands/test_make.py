@@ -78,7 +78,7 @@ def make_stop(serving, port):
     stopped = subprocess.run(
         ["make", "stop", f"PORT={port}"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert stopped.stdout.strip() == "stopped", stopped
+    assert f"stopped what served on port {port}\n" in stopped.stdout, stopped
 
 
 def kill_ray(serving, port):

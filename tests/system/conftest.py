@@ -84,11 +84,14 @@ class System:
             return set(statuses) == names and set(statuses.values()) == {"RUNNING"}
 
         wait_for(running, 300, what="all applications RUNNING")
-        wait_for(self.ready, 60, what="/readyz")
+        # The gateway looks every two seconds.
+        wait_for(self.ready, 60, what="the gateway to see every replica")
 
     def ready(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return self.client.get("/readyz").status_code == 200
+            models = self.client.get("/v1/models").json()["data"]
+            seen = all(model["running_replicas"] for model in models if model["kind"] == "variant")
+            return seen and self.client.get("/readyz").status_code == 200
         return False
 
     def replica_pids(self, app: str, deployment: str) -> dict[str, int]:

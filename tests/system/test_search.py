@@ -122,6 +122,14 @@ def test_a_query_without_room_is_refused_with_the_limit(system):
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "prompt_too_long"
     assert "1024" in response.json()["message"]
+    assert "\n" not in response.json()["message"]
+
+
+def test_an_answer_has_one_request_id(system):
+    response = system.client.get("/healthz", headers={"X-Request-Id": "abc-1"})
+    assert response.headers.get_list("x-request-id") == ["abc-1"]
+    response = system.client.post("/v1/search", json={"query": "shoes", "model": "bm25"})
+    assert response.headers.get_list("x-request-id") == [response.json()["id"]]
 
 
 def test_models_and_readiness_say_what_runs(system):

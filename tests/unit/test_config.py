@@ -73,6 +73,39 @@ def test_a_gateway_without_settings_is_refused(fleet, tmp_path):
     assert "has no user_config" in problems_of(fleet, tmp_path)
 
 
+def test_settings_that_serve_would_ignore_or_refuse_later_are_found(fleet, tmp_path):
+    fleet["http_options"]["port"] = 99999
+    deployment = application(fleet, "qwen3-8b")["deployments"][0]
+    deployment["ray_actor_options"] = {"num_gpu": 1}
+    deployment["autoscaling_config"] = {"min_replicas": 5, "max_replicas": 2, "min_replica": 1}
+    deployment["max_ongoing_request"] = 3
+    message = problems_of(fleet, tmp_path)
+    assert "port is 99999; allowed: 1 to 65535" in message
+    assert "ray_actor_options.num_gpu is no setting of Serve's; did you mean 'num_gpus'?" in message
+    assert "autoscaling_config.min_replica is no setting" in message
+    assert "did you mean 'max_ongoing_requests'?" in message
+    assert "deployments[0].autoscaling_config: " in message
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text((CONFIGS / "local.yaml").read_text() + "\napplications: []\n")
+    with pytest.raises(ConfigError, match="the key 'applications' stands twice"):
+        load(path)
+
+
+def test_an_application_without_a_name_has_serves_default(tmp_path):
+    path = tmp_path / "config.yaml"
+    text = (CONFIGS / "local.yaml").read_text()
+    path.write_text(text.replace("- name: gateway\n  import_path", "- import_path"))
+    assert set(load(path).gateways) == {"default"}
+
+
+def test_user_config_is_the_gateways_only(fleet, tmp_path):
+    application(fleet, "qwen3-8b")["deployments"][0]["user_config"] = {"a": 1}
+    assert "Reranker.user_config is set, but Reranker takes none" in problems_of(fleet, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -139,7 +172,11 @@ def test_settings_of_another_kind_are_refused():
         RerankerArgs(model="m", kind="cross-encoder", query_prefix="query: ")
 
 
-def test_the_least_resources_of_a_file_are_counted_over_replicas(fleet):
-    assert least_resources(fleet) == {"num_cpus": 1 + 2 + 3 * 2, "num_gpus": 1.75}
+def test_the_least_resources_of_a_file_are_counted_over_replicas(fleet, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(fleet))
+    assert least_resources(load(path)) == {"num_cpus": 1 + 2 + 3 * 2, "num_gpus": 1.75}
     application(fleet, "qwen3-4b")["deployments"][0]["autoscaling_config"]["min_replicas"] = 3
-    assert least_resources(fleet)["num_gpus"] == 2.75
+    del application(fleet, "qwen3-0.6b")["deployments"]
+    path.write_text(yaml.safe_dump(fleet))
+    assert least_resources(load(path)) == {"num_cpus": 1 + 2 + 1 + 3 * 2 + 2, "num_gpus": 2.5}

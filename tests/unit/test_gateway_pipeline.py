@@ -4,6 +4,7 @@ import asyncio
 import collections
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -174,6 +175,12 @@ def test_bm25_is_finite_and_never_negative(query, documents):
     assert all(math.isfinite(value) and value >= 0 for value in values)
 
 
+def test_text_made_to_be_slow_is_not():
+    started = time.monotonic()
+    lexical.bm25("cat", ["a" + "\u0301\u0327" * 300_000, "\ufdfa" * 300_000])
+    assert time.monotonic() - started < 5
+
+
 def test_deadline_gives_unused_time_to_later_stages():
     clock = Clock()
     deadline = Deadline.after(1.0, clock)
@@ -184,23 +191,63 @@ def test_deadline_gives_unused_time_to_later_stages():
     assert deadline.remaining_s() == 0
 
 
+def opened(clock):
+    breaker = Breaker(failures_to_open=2, probe_every_s=1.0, clock=clock)
+    for _ in range(2):
+        breaker.settle(breaker.enter(), True)
+    return breaker
+
+
 def test_the_breaker_lets_one_call_at_a_time_through_until_one_succeeds():
     clock = Clock()
-    breaker = Breaker(failures_to_open=2, probe_every_s=1.0, clock=clock)
-    breaker.settled(False)
-    assert breaker.allows()
-    breaker.settled(False)
-    assert not breaker.allows()
+    breaker = opened(clock)
+    assert breaker.enter() is None
     clock.now += 1.01
-    assert breaker.allows()
+    probe = breaker.enter()
     clock.now += 100
-    assert not breaker.allows(), "a probe is under way"
-    breaker.settled(None)
+    assert breaker.enter() is None, "a probe is under way"
+    breaker.settle(probe, True)
+    assert breaker.enter() is None
     clock.now += 1.01
-    assert breaker.allows()
-    breaker.settled(True)
-    assert breaker.allows()
-    assert breaker.allows()
+    probe = breaker.enter()
+    breaker.succeeded()
+    breaker.settle(probe, False)
+    assert breaker.enter()
+    assert breaker.enter()
+
+
+def test_calls_too_short_to_tell_anything_do_not_take_the_probe():
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now += 1.01
+    assert breaker.enter(can_probe=False) is None
+    probe = breaker.enter()
+    breaker.settle(probe, None)
+    assert breaker.enter(), "an undecided probe gives way at once"
+
+
+def test_stale_calls_do_not_end_a_probe():
+    clock = Clock()
+    breaker = Breaker(failures_to_open=2, probe_every_s=1.0, clock=clock)
+    stale = breaker.enter()
+    for _ in range(2):
+        breaker.settle(breaker.enter(), True)
+    clock.now += 1.01
+    assert breaker.enter()
+    breaker.settle(stale, True)
+    clock.now += 1.01
+    assert breaker.enter() is None
+
+
+def test_asking_for_too_much_does_not_open_the_breaker():
+    clock = Clock()
+    breaker = Breaker(failures_to_open=2, probe_every_s=1.0, clock=clock)
+    for _ in range(10):
+        call = breaker.enter()
+        clock.now += 1
+        breaker.succeeded()
+        breaker.settle(call, True)
+    assert breaker.enter()
 
 
 @pytest.mark.parametrize(
