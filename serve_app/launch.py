@@ -300,7 +300,7 @@ def _holder_of(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _pid_file(port: int) -> Iterator[None]:
-    """Holds the port's pid file by a lock: one process at a time serves on a port, and a stale file means nothing."""
+    """Holds the port's pid file by a lock: one process serves on a port, and a stale file means nothing."""
     path = _pid_path(port)
     with path.open("a+") as file:
         try:
