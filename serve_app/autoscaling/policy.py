@@ -238,8 +238,8 @@ class DrainTime:
             capacity = rate * int(ctx.current_num_replicas)
             logger.info(
                 f"{ctx.app_name} wants {wanted} replicas: {backlog:,.0f} tokens wait, which take "
-                f"{backlog / capacity:.1f} s (target_drain_s {self.target_drain_s:g}); {arrivals:,.0f} a second arrive, "
-                f"{arrivals / capacity:.0%} of what {ctx.current_num_replicas} can do "
+                f"{backlog / capacity:.1f} s (target_drain_s {self.target_drain_s:g}); {arrivals:,.0f} a second "
+                f"arrive, {arrivals / capacity:.0%} of what {ctx.current_num_replicas} can do "
                 f"(max_utilization {self.max_utilization:g})."
             )
         state.said = wanted
