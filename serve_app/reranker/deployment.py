@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 from serve_app.reranker.engine import Engine, cpu_has_bf16, device, prepare_environment
 from serve_app.reranker.engine_args import check_engine_args, engine_settings
@@ -61,7 +62,10 @@ class Reranker:
         self._engine = await asyncio.to_thread(_start, args, self._model, resources.get("GPU", 0))
         self._max_model_len = self._model.longest(self._engine.max_model_len)
         self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
+        self._meter = LoadMeter(self._engine.max_batch_tokens)
         await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
+        # The first batch is slower than any later one.
+        self._meter = LoadMeter(self._engine.max_batch_tokens)
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
             f"max_model_len {self._max_model_len}) after {time.monotonic() - start:.1f} s."
@@ -75,7 +79,9 @@ class Reranker:
             async with asyncio.timeout(request.timeout_s):
                 # On a thread: tokenising would hold up the loop, which in fast mode is the replica's only one.
                 built = await asyncio.to_thread(self._prompts.build, request)
-                pooled = await self._engine.pool(built.prompts, priority=request.priority)
+                tokens = sum(len(prompt.ids) for prompt in built.prompts)
+                with self._meter.call(tokens) as scored:
+                    pooled = await self._engine.pool(built.prompts, priority=request.priority, scored=scored)
         except TimeoutError:
             raise TimeoutError(
                 f"{len(request.documents)} documents weren't scored within timeout_s = {request.timeout_s}"
@@ -87,7 +93,7 @@ class Reranker:
         return ScoreResult(
             scores=scores,
             logits=logits,
-            tokens=sum(len(prompt.ids) for prompt in built.prompts),
+            tokens=tokens,
             cached_tokens=pooled.cached_tokens,
             truncated=built.truncated,
             revision=self._model.revision,
@@ -104,6 +110,10 @@ class Reranker:
             "unfinished": self._engine.unfinished(),
             "pid": os.getpid(),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for this and hands it to the scaling policy."""
+        return self._meter.load().stats()
 
     async def check_health(self) -> None:
         """Raises if the engine is dead, so that Serve replaces the replica."""

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,21 +44,28 @@ class Engine:
             raise EngineError(_start_failure(error, settings)) from error
         config = self._llm.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
+        self.max_batch_tokens: int = config.scheduler_config.max_num_batched_tokens
         self.dtype: str = str(config.model_config.dtype).removeprefix("torch.")
         self._params = PoolingParams(task=task, use_activation=False)
         self._typed_params = PoolingParams
         self._task = task
         self._priorities = config.scheduler_config.policy == "priority"
 
-    async def pool(self, prompts: Sequence[Prompt], *, priority: int = 0) -> Pooled:
-        """All prompts' vectors, in order. The first failure, or cancelling, aborts the rest in the engine."""
+    async def pool(
+        self, prompts: Sequence[Prompt], *, priority: int = 0, scored: Callable[[int], None] = lambda tokens: None
+    ) -> Pooled:
+        """All prompts' vectors, in order. The first failure, or cancelling, aborts the rest in the engine.
+        `scored` is called with the tokens of each prompt as it is done."""
         call = uuid.uuid4().hex
+
+        async def one(prompt: Prompt, request_id: str) -> tuple[npt.NDArray[np.float32], int]:
+            result = await self._one(prompt, request_id, priority)
+            scored(len(prompt.ids))
+            return result
+
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._one(prompt, f"{call}-{i}", priority))
-                    for i, prompt in enumerate(prompts)
-                ]
+                tasks = [group.create_task(one(prompt, f"{call}-{i}")) for i, prompt in enumerate(prompts)]
         except ExceptionGroup as errors:
             raise EngineError(f"engine failed: {_line(errors.exceptions[0])}") from errors.exceptions[0]
         results = [task.result() for task in tasks]
