@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 # Busy seconds under full load after which a measurement of the rate counts a third.
 _MEMORY_S = 30.0
-# Busy seconds that are weighed as one piece.
-_PIECE_S = 0.5
+# Busy seconds that are weighed as one piece; more where work goes on, as its tokens come at a batch's end.
+_PIECE_S, _LONGEST_PIECE_S = 0.5, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class LoadMeter:
             self._busy_s += now - self._last
             self._pending_s += self._pending * (now - self._last)
         self._last = now
-        if self._busy_s >= _PIECE_S:
+        if self._busy_s >= (_LONGEST_PIECE_S if self._pending > 0 else _PIECE_S):
             weight = self._weight()
             keep = math.exp(-weight * self._busy_s / _MEMORY_S)
             self._weighed_s = keep * self._weighed_s + weight * self._busy_s
