@@ -4,6 +4,7 @@ The file is Ray Serve's own. What is ours in it (`args`, the gateway's `user_con
 of `config.py`, and what the applications say of each other is compared.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serve_app.autoscaling import DrainTime
 from serve_app.config import Block, GatewayArgs, GatewaySettings, RecallArgs, RerankerArgs, closest, explain
 from serve_app.reranker.engine_args import check_engine_args
 
@@ -27,6 +29,9 @@ KINDS = {
     "serve_app.recall:build": _Kind(RecallArgs, ("Front", "Recall")),
     "serve_app.reranker:build": _Kind(RerankerArgs, ("Front", "Reranker")),
 }
+
+
+_DRAIN_TIME = "serve_app.autoscaling:DrainTime"
 
 
 class ConfigError(ValueError):
@@ -131,7 +136,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _serve_problems(raw: dict[str, Any]) -> list[str]:
     """What Serve itself would refuse, and the keys that it would ignore in silence."""
-    from ray.serve.config import AutoscalingConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
     from ray.serve.schema import (
         DeploymentSchema,
         HTTPOptionsSchema,
@@ -144,6 +149,9 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
         ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
         return explain(error, "config").splitlines()
+    except (ImportError, AttributeError) as error:
+        # Serve imports scaling policies as it reads the file.
+        return [f"config: a policy_function can't be imported: {error}; ours: {_DRAIN_TIME}"]
     http = raw.get("http_options") or {}
     problems = _unknown_keys("config", raw, ServeDeploySchema)
     problems += _unknown_keys("config.http_options", http, HTTPOptionsSchema)
@@ -161,6 +169,8 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
             if isinstance(scaling, dict):
                 problems += _unknown_keys(f"{place}.autoscaling_config", scaling, AutoscalingConfig)
                 _validated(AutoscalingConfig, scaling, f"{place}.autoscaling_config", problems)
+                policy = scaling.get("policy") or {}
+                problems += _unknown_keys(f"{place}.autoscaling_config.policy", policy, AutoscalingPolicy)
     return problems
 
 
@@ -200,7 +210,34 @@ def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -
             problems.append(f"{where}.deployments names {name!r} twice")
         elif deployment.get("user_config") is not None and name != "Gateway":
             problems.append(f"{where}.deployments.{name}.user_config is set, but {name} takes none")
+        elif isinstance(scaling := deployment.get("autoscaling_config"), dict):
+            place = f"{where}.deployments.{name}.autoscaling_config.policy"
+            problems += _policy_problems(place, scaling.get("policy") or {}, name)
         seen.add(name)
+    return problems
+
+
+def _policy_problems(where: str, policy: dict[str, Any], deployment: str) -> list[str]:
+    """Serve makes the policy in its controller, where a mistake would show in a log at most."""
+    path, kwargs = policy.get("policy_function"), policy.get("policy_kwargs") or {}
+    if not isinstance(path, str) or not path.startswith("serve_app."):
+        return []
+    if path.replace(":", ".") != _DRAIN_TIME.replace(":", "."):
+        return [f"{where}.policy_function is {path!r}; known: {_DRAIN_TIME}"]
+    if deployment != "Reranker":
+        return [
+            f"{where}.policy_function is {path}, but {deployment} does not report its load; only Reranker does"
+        ]
+    known = list(inspect.signature(DrainTime).parameters)
+    problems = [
+        f"{where}.policy_kwargs.{key} is no setting of {path}; {closest(key, known) or f'known: {known}'}"
+        for key in kwargs
+        if key not in known
+    ]
+    try:
+        DrainTime(**{key: value for key, value in kwargs.items() if key in known})
+    except ValueError as error:
+        problems.append(f"{where}.policy_kwargs.{error}")
     return problems
 
 

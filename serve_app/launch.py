@@ -29,6 +29,8 @@ _DEFAULT_CPUS = {
     "serve_app.reranker:build": {"Reranker": 1.0, "Front": 0.0},
 }
 _PR_SET_CHILD_SUBREAPER = 36
+# Serve's environment; `configs/serve.env` is the same for clusters, and says why.
+ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1"}
 
 
 class LaunchError(Exception):
@@ -107,13 +109,14 @@ def least_resources(config: ConfigFile) -> dict[str, float]:
 
 
 def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None:
+    # Serve reads these as it is imported, and no usage reports leave a machine whose owner was not asked.
+    for name, value in {**ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    # No usage reports from a machine that its owner did not ask.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _say("starting Ray")
     ray.init(
         address="local",

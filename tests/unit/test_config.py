@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from serve_app.config import GatewaySettings, RerankerArgs, explain
 from serve_app.configfile import ConfigError, load
-from serve_app.launch import least_resources
+from serve_app.launch import ENVIRONMENT, least_resources
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -20,6 +20,11 @@ def test_every_config_is_valid(path):
     config = load(path)
     assert config.gateways
     assert config.rerankers
+
+
+def test_clusters_get_the_environment_that_serve_app_up_sets():
+    lines = (CONFIGS / "serve.env").read_text().splitlines()
+    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == ENVIRONMENT
 
 
 @pytest.fixture
@@ -50,6 +55,25 @@ def test_a_pipeline_that_names_an_unknown_variant_says_where(fleet, tmp_path):
 def test_a_variant_without_an_application_is_found(fleet, tmp_path):
     fleet["applications"] = [a for a in fleet["applications"] if a["name"] != "qwen3-8b"]
     assert "variants names 'qwen3-8b', but no application" in problems_of(fleet, tmp_path)
+
+
+def test_what_the_scaling_policy_does_not_know_is_found_before_the_controller_makes_it(fleet, tmp_path):
+    reranker = application(fleet, "qwen3-0.6b")["deployments"][0]["autoscaling_config"]
+    reranker["policy"] = {
+        "policy_function": "serve_app.autoscaling:DrainTime",
+        "policy_kwargs": {"target_drain": 2, "max_utilization": 80},
+    }
+    gateway = application(fleet, "gateway")["deployments"][0]["autoscaling_config"]
+    gateway["policy"] = {"policy_function": "serve_app.autoscaling:DrainTime"}
+    message = problems_of(fleet, tmp_path)
+    assert "policy_kwargs.target_drain is no setting of" in message
+    assert "did you mean 'target_drain_s'?" in message
+    assert "policy_kwargs.max_utilization is 80; allowed: a number above 0, up to 1" in message
+    assert "but Gateway does not report its load; only Reranker does" in message
+    reranker["policy"] = {"policy_function": "serve_app.autoscaling:DrainTime", "kwargs": {}}
+    assert "policy.kwargs is no setting of Serve's" in problems_of(fleet, tmp_path)
+    reranker["policy"] = {"policy_function": "serve_app.autoscaling:DrainTimes"}
+    assert "ours: serve_app.autoscaling:DrainTime" in problems_of(fleet, tmp_path)
 
 
 def test_every_problem_of_a_file_is_listed(fleet, tmp_path):
@@ -175,8 +199,8 @@ def test_settings_of_another_kind_are_refused():
 def test_the_least_resources_of_a_file_are_counted_over_replicas(fleet, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(fleet))
-    assert least_resources(load(path)) == {"num_cpus": 1 + 2 + 3 * 2, "num_gpus": 1.75}
+    assert least_resources(load(path)) == {"num_cpus": 2 + 2 + 3 * 2, "num_gpus": 1.75}
     application(fleet, "qwen3-4b")["deployments"][0]["autoscaling_config"]["min_replicas"] = 3
     del application(fleet, "qwen3-0.6b")["deployments"]
     path.write_text(yaml.safe_dump(fleet))
-    assert least_resources(load(path)) == {"num_cpus": 1 + 2 + 1 + 3 * 2 + 2, "num_gpus": 2.5}
+    assert least_resources(load(path)) == {"num_cpus": 2 + 2 + 1 + 3 * 2 + 2, "num_gpus": 2.5}
