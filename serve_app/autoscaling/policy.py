@@ -28,7 +28,6 @@ _SHRINK_DRAIN, _SHRINK_UTILIZATION = 0.5, 0.85
 _EXPECTED_WEIGHT_S = 2.0
 _STATE = "drain_time"
 _NAMES = tuple(f.name for f in fields(Load))
-_NOTHING = Load(0, 0, 0, 0, 0)
 _LOG_EVERY_S = 60.0
 
 
@@ -71,7 +70,6 @@ class _State:
     """What is kept between two looks. Empty after the controller restarts."""
 
     replicas: dict[Hashable, _Seen] = field(default_factory=dict)
-    since: float | None = None
     tokens: float = 0.0
     calls: float = 0.0
     samples: deque[_Sample] = field(default_factory=deque)
@@ -126,13 +124,12 @@ class DrainTime:
             return target
         self._take_in(state, _latest(ctx.raw_metrics or {}, ctx.running_replicas), ctx.running_replicas, now)
         stale_s = max(_STALE_S, 3 * float(getattr(ctx.config, "metrics_interval_s", 0) or 0))
-        fresh = sum(now - seen.at <= stale_s for seen in state.replicas.values())
+        fresh = [seen.load for seen in state.replicas.values() if now - seen.at <= stale_s]
         if not fresh:
             return target
         queued = _number(ctx.total_queued_requests) or 0.0
         self._sample(state, now, queued)
-        pending = sum(seen.load.pending_tokens for seen in state.replicas.values())
-        backlog = pending + queued * state.tokens_per_call
+        backlog = sum(load.pending_tokens for load in fresh) + queued * state.tokens_per_call
         long, short, doubtless, spanned = self._arrivals(state, now)
         idle = not (backlog or queued or long or short or ctx.total_num_requests)
         rate = self._rate(state)
@@ -148,9 +145,11 @@ class DrainTime:
         down = max(down, 0 if idle else 1)
         most = _most(state.needs, now, down, float(getattr(ctx.config, "downscale_delay_s", 0) or 0))
         wanted = target
+        # Serve would cut it off too; but what cannot be had isn't worth a line in the log at every look.
+        up = min(up, getattr(ctx, "capacity_adjusted_max_replicas", up))
         if up > target:
             wanted = up
-        elif down < target and fresh == len(ctx.running_replicas) and spanned:
+        elif down < target and len(fresh) == len(ctx.running_replicas) and spanned:
             # Serve takes the last of a row of such wishes; the most that was needed meanwhile is what stays.
             wanted = min(target - 1, most)
         self._say(ctx, state, wanted, backlog, max(long, short), rate)
@@ -164,22 +163,26 @@ class DrainTime:
         now: float,
     ) -> None:
         """Adds what has arrived since the last look."""
-        if reports and state.since is None:
-            state.since = now
         for replica in state.replicas.keys() - set(running):
             del state.replicas[replica]
         for replica, (stamp, load) in reports.items():
             seen = state.replicas.get(replica)
             if seen is None:
-                # All of a new replica's counts are news. After a restart of the controller they are not, and the
-                # old replicas' reports come in one by one.
-                is_new = state.since is not None and now - state.since > _LONG_S
-                seen = _Seen(stamp, now, _NOTHING if is_new else load)
-                state.replicas[replica] = seen
-            elif stamp != seen.stamp:
+                # Its counts may be days old: the controller has restarted, or the replica had a new user_config.
+                state.replicas[replica] = _Seen(stamp, now, load)
+                continue
+            tokens = max(0.0, load.arrived_tokens - seen.load.arrived_tokens)
+            calls = max(0.0, load.arrived_calls - seen.load.arrived_calls)
+            state.tokens += tokens
+            state.calls += calls
+            if now - seen.at > _SHORT_S:
+                # A late report: this has arrived over all that time, not just now.
+                for sample in state.samples:
+                    share = max(0.0, (sample.at - seen.at) / (now - seen.at))
+                    sample.tokens += share * tokens
+                    sample.calls += share * calls
+            if stamp != seen.stamp:
                 seen.at, seen.stamp = now, stamp
-            state.tokens += max(0.0, load.arrived_tokens - seen.load.arrived_tokens)
-            state.calls += max(0.0, load.arrived_calls - seen.load.arrived_calls)
             seen.load = load
 
     def _sample(self, state: _State, now: float, queued: float) -> None:
