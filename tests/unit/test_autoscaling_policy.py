@@ -453,8 +453,8 @@ class Fleet:
         actions = []
         gap_s = tokens / RATE / utilization_of_one if utilization_of_one else math.inf
         arrival = begin + self.choose.expovariate(1) * gap_s
-        for tick in range(1, int(seconds * 10) + 1):
-            now = self.controller.now = begin + tick / 10
+        for tick in range(1, int(seconds * 5) + 1):
+            now = self.controller.now = begin + tick / 5
             for server in self.servers:
                 server.work(now)
             ready = [server for server in self.servers if server.ready <= now]
