@@ -1,10 +1,11 @@
 """The Serve deployments of one variant: thin shells around prompts, engine and scores."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import serve
@@ -14,10 +15,13 @@ from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 from serve_app.reranker.engine import Engine, cpu_has_bf16, device, prepare_environment
 from serve_app.reranker.engine_args import check_engine_args, engine_settings
+from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
+from serve_app.reranker.memory import CONTEXT_BYTES
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
 from serve_app.reranker.model import Model, resolve
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
 from serve_app.reranker.scores import cosines, sigmoids
+from serve_app.reranker.share import check_head_rows, find_shape, hub_config, judge
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,10 +60,13 @@ class Reranker:
     async def __init__(self, args: RerankerArgs) -> None:  # type: ignore[misc]
         start = time.monotonic()
         resources = ray.get_runtime_context().get_assigned_resources()
+        gpus = resources.get("GPU", 0)
         prepare_environment(resources.get("CPU", 0))
         self._kind = args.kind
+        self._name = serve.get_replica_context().app_name
+        self._cards = await asyncio.to_thread(_cards, args, gpus)
         self._model = await asyncio.to_thread(resolve, args)
-        self._engine = await asyncio.to_thread(_start, args, self._model, resources.get("GPU", 0))
+        self._engine = await asyncio.to_thread(_start, args, self._model, gpus, self._cards, self._name)
         self._max_model_len = self._model.longest(self._engine.max_model_len)
         self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
         self._meter = LoadMeter(self._engine.max_batch_tokens)
@@ -123,12 +130,42 @@ class Reranker:
         # Serve calls this when the replica stops, also after a failed start.
         engine = getattr(self, "_engine", None)
         if engine is not None:
-            engine.close()
+            with contextlib.ExitStack() as stack:
+                # Serve kills a replica that takes too long, so that it is better stopped out of turn.
+                with contextlib.suppress(TimeoutError):
+                    stack.enter_context(turn(self._cards, self._name, STOP_LIMIT_S))
+                engine.close()
 
 
-def _start(args: RerankerArgs, model: Model, gpus: float) -> Engine:
-    settings = engine_settings(args, model, device(), gpus, cpu_has_bf16())
-    return Engine(settings, "embed" if args.kind == "bi-encoder" else "classify")
+def _cards(args: RerankerArgs, gpus: float) -> list[Card]:
+    """The replica's GPUs. Raises ValueError for a model that can't fit its share of them, before a download."""
+    cards = visible_cards(max(1, int(gpus))) if gpus else []
+    if not cards:
+        return []
+    try:
+        shape = find_shape(args, hub_config)
+    except (OSError, ValueError):
+        # `resolve` comes to the same, and says it better.
+        return cards
+    fit = judge(args, shape, gpus, min(card.total_bytes for card in cards))
+    if fit.problem is not None:
+        raise ValueError(fit.problem)
+    if fit.needs is None:
+        logger.warning(f"Whether {args.model} fits num_gpus {gpus:g} isn't known: its architecture is new here.")
+    return cards
+
+
+def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
+    built_for = device()
+    card_bytes = min((card.total_bytes for card in cards), default=None)
+    settings = engine_settings(args, model, built_for, gpus, cpu_has_bf16(), card_bytes)
+    check_head_rows(args, model, settings.get("tensor_parallel_size") or 1)
+    task: Literal["embed", "classify"] = "embed" if args.kind == "bi-encoder" else "classify"
+    if built_for == "cpu" or card_bytes is None:
+        return Engine(settings, task)
+    with turn(cards, name):
+        wait_for_memory(cards, int(settings["gpu_memory_utilization"] * card_bytes) + CONTEXT_BYTES)
+        return Engine(settings, task)
 
 
 def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> YesNoPrompts | PairPrompts | TextPrompts:

@@ -3,11 +3,11 @@
 import ast
 import functools
 import importlib.util
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.config import RerankerArgs, YesNoPrompt, closest
+from serve_app.reranker.memory import GIB, MOST, kv_cache_bytes, utilisation
 from serve_app.reranker.model import Model
 
 # Set by the variant's own settings; a second value under `engine` could only contradict them.
@@ -18,9 +18,6 @@ _OURS = {
     "runner": "kind",
     "convert": "kind",
 }
-_GIB = 2**30
-# Of a card's memory, what one engine takes that has it alone (vLLM's own default).
-_UTILISATION = 0.92
 
 
 def check_engine_args(engine: dict[str, Any]) -> None:
@@ -56,9 +53,15 @@ def engine_arg_names() -> tuple[str, ...]:
 
 
 def engine_settings(
-    args: RerankerArgs, model: Model, device: Literal["cpu", "gpu"], gpus: float, cpu_has_bf16: bool = False
+    args: RerankerArgs,
+    model: Model,
+    device: Literal["cpu", "gpu"],
+    gpus: float,
+    cpu_has_bf16: bool = False,
+    card_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """All arguments of the engine: our defaults under the user's values. `gpus` is the replica's share."""
+    """All arguments of the engine: our defaults under the user's values. `gpus` is the replica's share, of GPUs of
+    `card_bytes` each. Raises ValueError for values of the user's that contradict the share."""
     settings: dict[str, Any] = {
         "disable_log_stats": True,
         "scheduling_policy": "priority",
@@ -67,10 +70,8 @@ def engine_settings(
     }
     if device == "cpu":
         settings |= {"enforce_eager": True, "dtype": "bfloat16" if cpu_has_bf16 else "float32"}
-    elif gpus >= 2:
-        settings |= {"tensor_parallel_size": int(gpus), "distributed_executor_backend": "mp"}
-    elif 0 < gpus < 1:
-        settings["gpu_memory_utilization"] = round(gpus * _UTILISATION, 4)
+    else:
+        settings |= _of_share(args.engine, gpus, card_bytes)
     if args.kind == "qwen3-reranker":
         settings["enable_prefix_caching"] = True
         if device == "cpu":
@@ -86,6 +87,36 @@ def engine_settings(
     if device == "cpu":
         _size_cpu_cache(settings, model)
     return settings
+
+
+def _of_share(engine: dict[str, Any], gpus: float, card_bytes: int | None) -> dict[str, Any]:
+    """What `num_gpus` means for the engine: a part of one GPU's memory, or tensor parallel over several."""
+    if gpus <= 0:
+        raise ValueError("num_gpus is 0, but this vLLM is built for GPUs; state a share, such as num_gpus: 0.25")
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"num_gpus is {gpus:g}; allowed: up to 1, or a whole number")
+    whole = max(1, int(gpus))
+    for name, allowed in (
+        ("tensor_parallel_size", whole),
+        ("pipeline_parallel_size", 1),
+        ("data_parallel_size", 1),
+    ):
+        if engine.get(name, allowed) != allowed:
+            raise ValueError(
+                f"engine.{name} is {engine[name]}, but num_gpus is {gpus:g}, which makes it {allowed}; "
+                "leave it out"
+            )
+    share = min(gpus, 1.0)
+    given = engine.get("gpu_memory_utilization")
+    if given is not None and not (isinstance(given, (int, float)) and 0 < given <= share):
+        raise ValueError(
+            f"engine.gpu_memory_utilization is {given}, but num_gpus is {gpus:g}; allowed: above 0, up to "
+            f"{share:g}. Left out, it follows from num_gpus"
+        )
+    # Where the card can't be asked for its size, nothing is left for CUDA's context but the usual rest.
+    part = utilisation(share, card_bytes) if card_bytes else round(share * MOST, 4)
+    settings: dict[str, Any] = {"tensor_parallel_size": whole, "gpu_memory_utilization": part}
+    return settings | ({"distributed_executor_backend": "mp"} if whole > 1 else {})
 
 
 def _overrides(args: RerankerArgs, model: Model) -> dict[str, Any]:
@@ -110,24 +141,9 @@ def _size_cpu_cache(settings: dict[str, Any], model: Model) -> None:
     )
     given = settings.get("kv_cache_memory_bytes")
     if given is None:
-        settings["kv_cache_memory_bytes"] = max(_GIB // 2, least)
+        settings["kv_cache_memory_bytes"] = max(GIB // 2, least)
     elif isinstance(given, int) and given < least:
         raise ValueError(
             f"engine.kv_cache_memory_bytes is {given}, but one prompt of max_model_len tokens needs {least}; "
             "raise it or lower engine.max_model_len"
         )
-
-
-def kv_cache_bytes(config: dict[str, Any], max_model_len: Any, dtype: Any, block_size: int | None) -> int:
-    """Of the least KV cache that holds one prompt of the longest allowed length, and a block to spare.
-    An estimate from above for models whose layers don't all attend fully."""
-    heads = int(config.get("num_attention_heads") or 0)
-    if not heads:
-        return 0
-    length = max_model_len if isinstance(max_model_len, int) else int(config.get("max_position_embeddings") or 0)
-    block = block_size or 128
-    head_dim = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    layers = int(config.get("num_hidden_layers") or 0)
-    width = 4 if dtype in ("float", "float32") else 2
-    return (math.ceil(length / block) + 1) * block * layers * 2 * kv_heads * head_dim * width

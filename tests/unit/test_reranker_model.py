@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from serve_app.config import RerankerArgs
-from serve_app.reranker.engine_args import check_engine_args, engine_arg_names, engine_settings, kv_cache_bytes
+from serve_app.reranker.engine_args import check_engine_args, engine_arg_names, engine_settings
+from serve_app.reranker.memory import kv_cache_bytes
 from serve_app.reranker.model import Model, fingerprint, resolve
 from serve_app.reranker.scores import cosines, sigmoids
 from tests.models import MINILM, MINILM_SHA256
@@ -186,13 +187,6 @@ def test_defaults_lie_under_the_user_s_values() -> None:
 def test_converted_checkpoints_keep_their_own_head() -> None:
     converted = {**QWEN, "architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "x"}}
     assert settings(config=converted)["hf_overrides"] == {}
-
-
-def test_shares_of_a_card_become_memory_and_whole_cards_parallel() -> None:
-    assert settings(device="gpu", gpus=0.25)["gpu_memory_utilization"] == 0.23
-    assert settings(device="gpu", gpus=0.25, gpu_memory_utilization=0.5)["gpu_memory_utilization"] == 0.5
-    assert settings(device="gpu", gpus=2)["tensor_parallel_size"] == 2
-    assert "gpu_memory_utilization" not in settings(device="gpu", gpus=1)
 
 
 def test_encoders_read_their_longest_text_in_one_step() -> None:
