@@ -497,4 +497,4 @@ def test_a_step_of_load_is_followed_up_and_down_without_flapping() -> None:
     down = [servers for _, servers in fleet.run(150, 1)]
     assert settled + down == sorted(settled + down, reverse=True)
     assert 8 <= settled[-1] <= 12
-    assert down[-1] == 2
+    assert 2 <= down[-1] <= 3
