@@ -212,13 +212,14 @@ def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -
             problems.append(f"{where}.deployments.{name}.user_config is set, but {name} takes none")
         elif isinstance(scaling := deployment.get("autoscaling_config"), dict):
             place = f"{where}.deployments.{name}.autoscaling_config.policy"
-            problems += _policy_problems(place, scaling.get("policy") or {}, name)
+            problems += _policy_problems(place, scaling, name)
         seen.add(name)
     return problems
 
 
-def _policy_problems(where: str, policy: dict[str, Any], deployment: str) -> list[str]:
+def _policy_problems(where: str, scaling: dict[str, Any], deployment: str) -> list[str]:
     """Serve makes the policy in its controller, where a mistake would show in a log at most."""
+    policy = scaling.get("policy") or {}
     path, kwargs = policy.get("policy_function"), policy.get("policy_kwargs") or {}
     if not isinstance(path, str) or not path.startswith("serve_app."):
         return []
@@ -238,6 +239,12 @@ def _policy_problems(where: str, policy: dict[str, Any], deployment: str) -> lis
         DrainTime(**{key: value for key, value in kwargs.items() if key in known})
     except ValueError as error:
         problems.append(f"{where}.policy_kwargs.{error}")
+    # Serve multiplies from the replicas that run, so that those which are still starting would be ordered again.
+    problems += [
+        f"{where.removesuffix('.policy')}.{name} is {scaling[name]:g}; allowed with {path}: 1"
+        for name in ("upscaling_factor", "downscaling_factor", "smoothing_factor")
+        if scaling.get(name) not in (None, 1)
+    ]
     return problems
 
 

@@ -63,12 +63,14 @@ def test_what_the_scaling_policy_does_not_know_is_found_before_the_controller_ma
         "policy_function": "serve_app.autoscaling:DrainTime",
         "policy_kwargs": {"target_drain": 2, "max_utilization": 80},
     }
+    reranker["upscaling_factor"] = 2
     gateway = application(fleet, "gateway")["deployments"][0]["autoscaling_config"]
     gateway["policy"] = {"policy_function": "serve_app.autoscaling:DrainTime"}
     message = problems_of(fleet, tmp_path)
     assert "policy_kwargs.target_drain is no setting of" in message
     assert "did you mean 'target_drain_s'?" in message
     assert "policy_kwargs.max_utilization is 80; allowed: a number above 0, up to 1" in message
+    assert "Reranker.autoscaling_config.upscaling_factor is 2; allowed" in message
     assert "but Gateway does not report its load; only Reranker does" in message
     reranker["policy"] = {"policy_function": "serve_app.autoscaling:DrainTime", "kwargs": {}}
     assert "policy.kwargs is no setting of Serve's" in problems_of(fleet, tmp_path)
