@@ -44,6 +44,8 @@ class LoadMeter:
         self._pending = self._arrived = self._calls = 0.0
         # The piece under way: busy seconds, tokens scored, token-seconds pending.
         self._busy_s = self._done = self._pending_s = 0.0
+        # Its busy seconds and token-seconds when the last prompt was scored; what runs since has no tokens yet.
+        self._busy_s_scored = self._pending_s_scored = 0.0
         # Decayed sums of the pieces before, weighed.
         self._weighed_s = self._weighed_done = 0.0
 
@@ -62,6 +64,7 @@ class LoadMeter:
             self._advance()
             self._pending -= count
             self._done += count
+            self._busy_s_scored, self._pending_s_scored = self._busy_s, self._pending_s
             left -= count
 
         try:
@@ -72,8 +75,8 @@ class LoadMeter:
 
     def load(self) -> Load:
         self._advance()
-        weight = self._weight()
-        measured_s = self._weighed_s + weight * self._busy_s
+        weight = self._weight(self._busy_s_scored, self._pending_s_scored)
+        measured_s = self._weighed_s + weight * self._busy_s_scored
         done = self._weighed_done + weight * self._done
         return Load(
             pending_tokens=max(self._pending, 0.0),
@@ -90,13 +93,12 @@ class LoadMeter:
             self._pending_s += self._pending * (now - self._last)
         self._last = now
         if self._busy_s >= (_LONGEST_PIECE_S if self._pending > 0 else _PIECE_S):
-            weight = self._weight()
+            weight = self._weight(self._busy_s, self._pending_s)
             keep = math.exp(-weight * self._busy_s / _MEMORY_S)
             self._weighed_s = keep * self._weighed_s + weight * self._busy_s
             self._weighed_done = keep * self._weighed_done + weight * self._done
             self._busy_s = self._done = self._pending_s = 0.0
+            self._busy_s_scored = self._pending_s_scored = 0.0
 
-    def _weight(self) -> float:
-        if not self._busy_s:
-            return 0.0
-        return min(1.0, self._pending_s / self._busy_s / self._full_batch_tokens)
+    def _weight(self, busy_s: float, pending_s: float) -> float:
+        return min(1.0, pending_s / busy_s / self._full_batch_tokens) if busy_s else 0.0
