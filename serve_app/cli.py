@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", type=Path, nargs="+")
     check.set_defaults(run=_check)
 
+    plan = commands.add_parser("plan", help="whether a config's models fit their shares of GPUs, without any GPU")
+    plan.add_argument("config", type=Path)
+    plan.add_argument("--gpu-memory", type=_gib, required=True, metavar="GIB", help="of one GPU, e.g. 80")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run=_plan)
+
     index = commands.add_parser("index", help="work on a recall index").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -126,6 +132,19 @@ def _check(arguments: argparse.Namespace) -> int:
         else:
             print(f"{path}: ok")
     return failed
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from serve_app.configfile import ConfigError, load
+    from serve_app.plan import plan
+
+    try:
+        config = load(arguments.config)
+    except ConfigError as error:
+        return _complain(error, 2)
+    made = plan(config, arguments.gpu_memory)
+    print(made.json() if arguments.json else made.table())
+    return 0 if made.fits else 1
 
 
 def _index_build(arguments: argparse.Namespace) -> int:
@@ -244,6 +263,15 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
 def _complain(message: object, code: int) -> int:
     print(f"serve-app: {message}", file=sys.stderr)
     return code
+
+
+def _gib(text: str) -> float:
+    try:
+        if 1 <= (size := float(text)) <= 10_000:
+            return size
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a GPU's memory in GiB (1 to 10000)")
 
 
 def _port(text: str) -> int:

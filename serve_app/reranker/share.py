@@ -70,11 +70,23 @@ def find_shape(args: RerankerArgs, online: Callable[[str, str | None], dict[str,
 
 
 def hub_config(name: str, revision: str | None) -> dict[str, Any]:
-    """`config.json` of a model on the hub. Raises OSError if the hub can't be reached or has none."""
-    from huggingface_hub import hf_hub_download
+    """`config.json` of a model on the hub, asked once: huggingface_hub's own download tries for half a minute.
+    Raises ConnectionError if the hub can't be reached, OSError if it doesn't give the file."""
+    import httpx
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
-    path = hf_hub_download(name, "config.json", revision=revision, etag_timeout=3)
-    config: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    url = hf_hub_url(name, "config.json", revision=revision)
+    try:
+        answer = httpx.get(url, headers=build_hf_headers(), timeout=3, follow_redirects=True)
+        answer.raise_for_status()
+        config: dict[str, Any] = answer.json()
+    except httpx.TransportError as error:
+        raise ConnectionError(f"{url}: {error}") from error
+    except (httpx.HTTPError, ValueError) as error:
+        raise OSError(f"{url}: {error}") from error
     return config
 
 
