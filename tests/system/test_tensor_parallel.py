@@ -1,0 +1,67 @@
+"""Scores over two workers equal those of one. On the CPU, where the head is divided as it is over GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+SCORE = """
+import asyncio, json, sys
+from serve_app.config import RerankerArgs
+from serve_app.reranker.engine import Engine, prepare_environment
+
+def main():
+    prepare_environment(1)
+    from serve_app.reranker.deployment import _prompts
+    from serve_app.reranker.engine_args import engine_settings
+    from serve_app.reranker.messages import ScoreRequest
+    from serve_app.reranker.model import resolve
+    from serve_app.reranker.share import check_head_rows
+    from tests.models import SENTENCES
+
+    ranks = int(sys.argv[2])
+    engine = {"max_model_len": 1024, "dtype": "float32", "tensor_parallel_size": ranks}
+    args = RerankerArgs(model=sys.argv[1], kind="qwen3-reranker", engine=engine)
+    model = resolve(args)
+    check_head_rows(args, model, ranks)
+    running = Engine(engine_settings(args, model, "cpu", 0), "classify")
+    built = _prompts(args, model, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
+    pooled = asyncio.run(running.pool(built.prompts))
+    print("LOGITS", json.dumps([float(vector[0]) for vector in pooled.vectors]))
+    running.close()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.tiny_qwen3(tmp_path_factory.mktemp("models") / "qwen")
+
+
+def logits(tmp_path: Path, model: Path, ranks: int) -> list[float]:
+    script = tmp_path / "score.py"
+    script.write_text(SCORE)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), str(ranks)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGITS ")]
+    read: list[float] = json.loads(line.removeprefix("LOGITS "))
+    return read
+
+
+def test_two_workers_score_as_one(tmp_path: Path, qwen: Path) -> None:
+    one, two = (logits(tmp_path, qwen, ranks) for ranks in (1, 2))
+    worst = max(abs(a - b) for a, b in zip(one, two, strict=True))
+    print(f"\n{len(one)} pairs: largest logit difference {worst:.1e}")
+    assert max(one) - min(one) > 2
+    assert two == pytest.approx(one, abs=1e-4)
