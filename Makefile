@@ -9,13 +9,14 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: help setup setup-dev index serve stop lint test test-unit clean
+.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean
 .SILENT:
 
 help:
 	echo "make serve [CONFIG=configs/local.yaml] [PORT=8000] [GPU=1]   serve a config in the foreground"
 	echo "make stop                  stop it from another terminal"
 	echo "make test | test-unit      all tests | those that need no engine"
+	echo "make soak                  eleven minutes of constant load on a scaling variant"
 	echo "make setup | index | lint | clean"
 
 setup:
@@ -47,6 +48,11 @@ test-unit: setup-dev
 test: lint test-unit
 	$(BIN)/pytest -q tests/commands
 	$(BIN)/pytest -q tests/system
+	$(BIN)/pytest -q tests/cluster
+
+# Eleven minutes of constant load, too long for every run.
+soak: setup-dev
+	$(BIN)/pytest -q -s -m soak tests/cluster
 
 clean:
 	rm -rf .venv .venv-gpu .run .pytest_cache .mypy_cache .ruff_cache .hypothesis

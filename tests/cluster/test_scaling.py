@@ -30,19 +30,24 @@ def gateway(*variants: str) -> dict[str, Any]:
 
 def minilm(gpus: float, **scaling: Any) -> dict[str, Any]:
     settings = {
-        "metrics_interval_s": 1,
+        "metrics_interval_s": 0.5,
         "look_back_period_s": 5,
-        "upscale_delay_s": 1,
+        "upscale_delay_s": 0.5,
         "downscale_delay_s": 10,
         "policy": {
             "policy_function": "serve_app.autoscaling:DrainTime",
-            "policy_kwargs": {"target_drain_s": 1.5, "max_utilization": 0.8},
+            "policy_kwargs": {"target_drain_s": 2, "max_utilization": 0.8},
         },
         **scaling,
     }
     options = {"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     args = {**MINILM, "engine": {"dtype": "float32", "max_model_len": 256}}
     return reranker("minilm", args, ray_actor_options=options, autoscaling_config=settings)
+
+
+def fixed(replicas: int) -> dict[str, Any]:
+    args = {**MINILM, "engine": {"dtype": "float32", "max_model_len": 64}}
+    return reranker("quarters", args, ray_actor_options={"num_cpus": 0.1, "num_gpus": 0.25}, num_replicas=replicas)
 
 
 def documents(rng: random.Random, count: int, words: int) -> list[str]:
@@ -56,16 +61,18 @@ class OpenLoad:
         self.url = url
         self.answers: list[tuple[float, int, bool]] = []
 
-    async def run(self, calls_per_s: float, seconds: float, body: Any) -> None:
+    async def run(self, calls_per_s: float, seconds: float, body: Any, rng: random.Random | None = None) -> None:
+        """At even intervals, or with `rng` at random ones (Poisson)."""
         limits = httpx.Limits(max_connections=None)
         async with (
             httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as client,
             asyncio.TaskGroup() as group,
         ):
-            start = time.monotonic()
-            for i in range(int(calls_per_s * seconds)):
-                await asyncio.sleep(max(0.0, start + i / calls_per_s - time.monotonic()))
+            due, end = time.monotonic(), time.monotonic() + seconds
+            while due < end:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
                 group.create_task(self._call(client, body()))
+                due += rng.expovariate(calls_per_s) if rng else 1 / calls_per_s
 
     async def _call(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         start = time.monotonic()
@@ -112,11 +119,22 @@ async def until(load: "asyncio.Task[None]", condition: Any, limit_s: float) -> f
 
 @pytest.fixture(scope="module")
 def scaling(cluster: Cluster) -> Cluster:
-    """A variant of half a GPU a replica, of which two find a place on the head, and a third on a new node."""
-    cluster.deploy([gateway("minilm"), minilm(0.5, min_replicas=1, max_replicas=3)])
-    wait_for(lambda: cluster.running("minilm") == 1, 300, what="the first replica")
-    cluster.wait_gateway("minilm")
+    """A sleeping variant of half a GPU a replica: two find a place on the head, a third on a new node."""
+    cluster.deploy([gateway("minilm"), minilm(0.5, min_replicas=0, max_replicas=3, downscale_to_zero_delay_s=20)])
+    cluster.wait_gateway()
+    assert not cluster.replicas("minilm")
     return cluster
+
+
+def test_calls_to_a_sleeping_variant_wait_within_their_deadline_or_degrade(scaling: Cluster) -> None:
+    body = {"model": "minilm", "query": "red light", "documents": ["a red light", "blue steel"]}
+    hurried = scaling.client.post("/v1/rerank", json={**body, "timeout_ms": 1000})
+    assert hurried.status_code == 200, hurried.text
+    assert hurried.json()["meta"]["degraded"][0]["reason"] == "timeout"
+    patient = scaling.client.post("/v1/rerank", json={**body, "timeout_ms": 60_000})
+    assert patient.status_code == 200, patient.text
+    assert "degraded" not in patient.json()["meta"]
+    assert patient.json()["results"][0]["index"] == 0
 
 
 def test_many_tiny_calls_add_no_replica(scaling: Cluster) -> None:
@@ -136,8 +154,8 @@ def test_many_tiny_calls_add_no_replica(scaling: Cluster) -> None:
 def test_a_step_of_large_calls_adds_replicas_and_a_node_and_both_go_again(scaling: Cluster) -> None:
     rng = random.Random(2)
     load = OpenLoad(str(scaling.client.base_url))
-    # One call a second takes a fifth of a replica, eight take one and a half.
-    many = many_of(scaling, 0.19)
+    # One call a second takes a third of a replica, eight take nearly three.
+    many = many_of(scaling, 0.35)
 
     async def run() -> tuple[float | None, float | None]:
         await load.run(1, 20, lambda: mixed(rng, many))
@@ -155,5 +173,49 @@ def test_a_step_of_large_calls_adds_replicas_and_a_node_and_both_go_again(scalin
     assert third is not None
     assert {status for _, status, _ in load.answers} == {200}
     assert len(scaling.gpu_nodes()) == 2
-    wait_for(lambda: len(scaling.replicas("minilm")) == 1, 180, what="the replicas to go")
+    wait_for(lambda: not scaling.replicas("minilm"), 240, what="the variant to sleep")
     wait_for(lambda: len(scaling.gpu_nodes()) == 1, 120, what="the node to leave")
+
+
+def test_four_quarters_fill_a_gpu_and_the_fifth_waits_for_another(cluster: Cluster) -> None:
+    (head,) = cluster.gpu_nodes()
+    cluster.deploy([fixed(4)])
+    wait_for(lambda: cluster.running("quarters") == 4, 300, what="four replicas")
+    assert cluster.placed("quarters") == [head] * 4
+    assert cluster.gpu_nodes() == {head}
+    cluster.deploy([fixed(5)])
+    wait_for(lambda: len(cluster.replicas("quarters")) == 5, 60, what="a fifth replica")
+    assert cluster.placed("quarters") == [head] * 4
+    wait_for(lambda: cluster.running("quarters") == 5, 300, what="the fifth replica")
+    assert sorted(cluster.placed("quarters"), key=head.__ne__)[:4] == [head] * 4
+    assert len(set(cluster.placed("quarters"))) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_ten_minutes_at_sixty_per_cent_cause_at_most_one_action(cluster: Cluster) -> None:
+    cluster.deploy([gateway("minilm"), minilm(0.5, min_replicas=1, max_replicas=3, downscale_delay_s=60)])
+    wait_for(lambda: cluster.running("minilm") == 1, 300, what="the first replica")
+    cluster.wait_gateway()
+    many = many_of(cluster, 0.12)
+    rng, load, seen = random.Random(3), OpenLoad(str(cluster.client.base_url)), [1]
+    started = time.monotonic()
+
+    async def run() -> None:
+        task = asyncio.create_task(load.run(5, 660, lambda: mixed(rng, many), rng))
+        while not task.done():
+            now = len([r for r in cluster.replicas("minilm") if r["state"] in ("STARTING", "RUNNING")])
+            if now != seen[-1]:
+                print(f"{time.monotonic() - started:.0f} s: {now} replicas")
+                if time.monotonic() - started > 60:
+                    seen.append(now)
+                else:
+                    seen[:] = [now]
+            await asyncio.sleep(0.5)
+        await task
+
+    asyncio.run(run())
+    took = sorted(seconds for seconds, *_ in load.answers)
+    print(f"{len(took)} calls, p50 {took[len(took) // 2]:.2f} s, p95 {took[len(took) * 95 // 100]:.2f} s")
+    assert {status for _, status, _ in load.answers} == {200}
+    assert len(seen) - 1 <= 1
