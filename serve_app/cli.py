@@ -89,6 +89,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
+    simulate = commands.add_parser("simulate", help="run a scaling policy on a simulated fleet and traffic")
+    simulate.add_argument(
+        "--trace",
+        default="flash-sale",
+        help="constant, diurnal, flash-sale, bursty, all four, or FILE.csv with the columns seconds, calls_per_s, "
+        "tokens_per_call and, if you like, pairs_per_call (default: %(default)s)",
+    )
+    simulate.add_argument(
+        "--policy",
+        default="all",
+        help="drain-time, stock (Serve's own), fixed (the cheapest that meets the SLO), all, or "
+        "package.module:Class (default: %(default)s)",
+    )
+    simulate.add_argument("--config", type=Path, help="take limits and settings from this Serve config")
+    simulate.add_argument("--variant", help="of the config (default: its first)")
+    simulate.add_argument("--scale", type=_positive, default=1.0, help="so many times the calls and max_replicas")
+    simulate.add_argument("--tokens-per-s", type=_positive, help="of one busy replica")
+    simulate.add_argument("--start-s", type=_positive, help="a replica's start on a free card, mostly loading")
+    simulate.add_argument("--provision-s", type=_positive, help="until a new node can start replicas")
+    simulate.add_argument("--gpus-per-node", type=int, help="cards of a node")
+    simulate.add_argument("--slo-ms", type=_positive, help="latency target (default: 2000, or the deadline)")
+    simulate.add_argument("--search", type=int, default=40, help="settings that are tried for Serve's own policy")
+    simulate.add_argument("--seed", type=int, default=0, help="of the calls that are drawn")
+    simulate.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and curves")
+    simulate.add_argument("--png", type=Path, metavar="FILE", help="draw them; with several traces, FILE-TRACE")
+    simulate.set_defaults(run=_simulate)
+
     for command in (search, rerank, evaluate):
         command.add_argument("--url", default=_URL, help="of the gateway (or SERVE_APP_URL)")
     return parser
@@ -229,6 +256,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 1 if report.failures else 0
 
 
+def _simulate(arguments: argparse.Namespace) -> int:
+    from serve_app.autoscaling.command import SimulationError, run
+
+    try:
+        run(arguments)
+    except SimulationError as error:
+        return _complain(error, 2)
+    return 0
+
+
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in ("model", "instruction", "timeout_ms")}
     return {name: value for name, value in given.items() if value is not None}
@@ -278,3 +315,13 @@ def _port(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number

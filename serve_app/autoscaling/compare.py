@@ -1,0 +1,265 @@
+"""Policies side by side on traces: drain-time, Serve's own policy as well as its settings allow, and fixed fleets.
+
+Serve's policy is tuned against drain-time: of the settings that cost no more GPU-hours, those with the fewest
+misses, once for each trace and once for all of them. Settings are drawn at random, then the best are changed a
+little. They are chosen on other draws of the calls than those that are reported, because scaling by queue length
+swings, and a swing that happens to be up when a sale begins is luck.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from statistics import fmean
+from typing import Any
+
+from serve_app.autoscaling.scenario import Candidate, Scenario
+from serve_app.autoscaling.simulator import Result, Variant, simulate
+from serve_app.autoscaling.traces import Trace
+
+# Serve's settings, and what is tried of each: (look-back, push interval) go together.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "target_ongoing_requests": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+    "windows": ((2.0, 1.0), (5.0, 1.0), (10.0, 1.0), (30.0, 1.0), (30.0, 10.0), (60.0, 5.0)),
+    "upscale_delay_s": (0.0, 2.0, 5.0, 10.0, 30.0),
+    "downscale_delay_s": (10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+    "upscaling_factor": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+    "downscaling_factor": (0.2, 0.5, 1.0),
+    "aggregation_function": ("mean", "mean", "max", "min"),
+}
+_FINALISTS = 4
+# A day's trace is drawn once, and searched on coarser ticks.
+_LONG_TRACE_S = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A policy on a trace: `results` of several draws, the first of which is drawn and shown in pictures."""
+
+    name: str
+    settings: dict[str, Any]
+    results: tuple[Result, ...]
+
+    def mean(self, name: str) -> float:
+        return fmean(getattr(result, name) for result in self.results)
+
+    @property
+    def missed_share(self) -> float:
+        return self.mean("missed_share")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    trace: Trace
+    slo_s: float
+    rows: tuple[Row, ...]
+
+    def row(self, start: str) -> Row | None:
+        return next((row for row in self.rows if row.name.startswith(start)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Runs candidates. `seed`: of the draws that are reported; `objective`: share of calls that a fixed fleet has
+    to answer within the SLO; `search`: settings that are tried for Serve's policy on each trace."""
+
+    scenario: Scenario
+    slo_s: float = 2.0
+    seed: int = 0
+    objective: float = 0.99
+    search: int = 40
+    draws: int = 3
+
+    def compare(self, traces: Sequence[Trace], candidates: Sequence[Candidate]) -> list[Comparison]:
+        """The same candidates on all traces."""
+        with _workers() as pool:
+            return [self._comparison(pool, trace, candidates) for trace in traces]
+
+    def compare_all(self, traces: Sequence[Trace]) -> list[Comparison]:
+        """Drain-time, Serve's policy (tuned for the trace, for all traces, and with its defaults), instant
+        reaction, and the cheapest fixed fleet that meets the SLO."""
+        scenario = self.scenario
+        drain_time = scenario.drain_time()
+        with _workers() as pool:
+            ours = [self._row(pool, trace, drain_time) for trace in traces]
+            tried = [
+                self._search(pool, trace, row.mean("gpu_hours")) for trace, row in zip(traces, ours, strict=True)
+            ]
+            once = self._tuned_once(pool, traces, tried, [row.mean("gpu_hours") for row in ours])
+            comparisons = []
+            for trace, row, settings in zip(traces, ours, tried, strict=True):
+                candidates = [scenario.stock("Serve, tuned for this trace", settings[0])]
+                if len(traces) > 1:
+                    candidates.append(scenario.stock("Serve, tuned once for all", once))
+                candidates += [scenario.stock("Serve's defaults", {}), scenario.instant(trace)]
+                candidates += [scenario.fixed(self._cheapest_fixed(pool, trace))]
+                rows = self._comparison(pool, trace, candidates).rows
+                comparisons.append(Comparison(trace, self.slo_s, (row, *rows)))
+        return comparisons
+
+    def fixed(self, trace: Trace) -> Comparison:
+        with _workers() as pool:
+            return self._comparison(pool, trace, [self.scenario.fixed(self._cheapest_fixed(pool, trace))])
+
+    def _comparison(self, pool: Executor, trace: Trace, candidates: Sequence[Candidate]) -> Comparison:
+        return Comparison(trace, self.slo_s, tuple(self._row(pool, trace, candidate) for candidate in candidates))
+
+    def _row(self, pool: Executor, trace: Trace, candidate: Candidate) -> Row:
+        draws = 1 if trace.seconds > _LONG_TRACE_S else self.draws
+        jobs = [_Job(trace, self.scenario.variant, candidate, self.slo_s, self.seed + i) for i in range(draws)]
+        return Row(candidate.name, _settings(candidate, self.scenario), tuple(pool.map(_run, jobs)))
+
+    def _cheapest_fixed(self, pool: Executor, trace: Trace) -> int:
+        """The fewest replicas that meet the SLO in every draw; where none do, four times the peak's."""
+        peak = float(trace.tokens_per_s.max()) / self.scenario.variant.service.tokens_per_s
+        low, high = 0, max(1, math.ceil(peak * 1.1))
+
+        def meets(replicas: int) -> bool:
+            results = self._row(pool, trace, self.scenario.fixed(replicas)).results
+            return max(result.missed_share for result in results) <= 1 - self.objective
+
+        while not meets(high) and high < 4 * peak:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        return high
+
+    def _search(self, pool: Executor, trace: Trace, budget: float) -> list[dict[str, Any]]:
+        """Settings of Serve's policy, the best within the budget first."""
+        rng = random.Random(self.seed)
+        scores: list[tuple[tuple[float, float], dict[str, Any]]] = []
+        while len(scores) < self.search:
+            # A half at random; then the best so far with one or two settings changed.
+            batch = []
+            for _ in range(min(10, self.search - len(scores))):
+                parents = scores[:3] if len(scores) * 2 >= self.search else []
+                batch.append(_changed(rng, rng.choice(parents)[1]) if parents else _drawn(rng))
+            seeds = (self.seed + 1000,)
+            scores += zip(self._scores(pool, trace, batch, budget, seeds, coarse=True), batch, strict=True)
+            scores.sort(key=lambda score: score[0])
+        best = [settings for _, settings in scores[:_FINALISTS]]
+        # Once more on draws that they were not chosen by.
+        coarse = trace.seconds > _LONG_TRACE_S
+        again_on = [self.seed + 1001] if coarse else [self.seed + 1001, self.seed + 1002]
+        again = zip(self._scores(pool, trace, best, budget, again_on, coarse=False), best, strict=True)
+        return [_serve_settings(settings) for _, settings in sorted(again, key=lambda score: score[0])]
+
+    def _tuned_once(
+        self,
+        pool: Executor,
+        traces: Sequence[Trace],
+        tried: Sequence[list[dict[str, Any]]],
+        budgets: Sequence[float],
+    ) -> dict[str, Any]:
+        """Of what was best for some trace: the fewest misses over all, within drain-time's GPU-hours over all."""
+        candidates = [settings for best in tried for settings in best]
+        if len(traces) < 2:
+            return candidates[0]
+        missed, hours = [0.0] * len(candidates), [0.0] * len(candidates)
+        for trace in traces:
+            for i, (share, cost) in enumerate(self._outcomes(pool, trace, candidates, (self.seed + 1003,), True)):
+                missed[i] += share
+                hours[i] += cost
+        return min(zip(candidates, missed, hours, strict=True), key=lambda c: _score(c[1], c[2], sum(budgets)))[0]
+
+    def _scores(
+        self,
+        pool: Executor,
+        trace: Trace,
+        batch: Sequence[dict[str, Any]],
+        budget: float,
+        seeds: Sequence[int],
+        coarse: bool,
+    ) -> list[tuple[float, float]]:
+        outcomes = self._outcomes(pool, trace, [_serve_settings(s) for s in batch], seeds, coarse)
+        return [_score(missed, hours, budget) for missed, hours in outcomes]
+
+    def _outcomes(
+        self, pool: Executor, trace: Trace, batch: Sequence[dict[str, Any]], seeds: Sequence[int], coarse: bool
+    ) -> list[tuple[float, float]]:
+        """Missed share and GPU-hours of each."""
+        coarse = coarse and trace.seconds > _LONG_TRACE_S
+        jobs = [
+            _Job(trace, self.scenario.variant, self.scenario.stock("", settings), self.slo_s, seed, coarse)
+            for settings in batch
+            for seed in seeds
+        ]
+        results = list(pool.map(_run_small, jobs))
+        by = [results[i : i + len(seeds)] for i in range(0, len(results), len(seeds))]
+        return [(fmean(missed for missed, _ in part), fmean(hours for _, hours in part)) for part in by]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    trace: Trace
+    variant: Variant
+    candidate: Candidate
+    slo_s: float
+    seed: int
+    coarse: bool = False
+
+
+def _run(job: _Job) -> Result:
+    # The policy says in the log whenever it wants more: a line a simulated second.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    candidate = job.candidate
+    return simulate(
+        job.trace,
+        job.variant,
+        candidate.config,
+        candidate.make() if candidate.make else None,
+        name=candidate.name,
+        slo_s=job.slo_s,
+        seed=job.seed,
+        reports=candidate.reports,
+        tick_s=0.5 if job.coarse else 0.1,
+        decide_every_s=2.0 if job.coarse else 1.0,
+    )
+
+
+def _run_small(job: _Job) -> tuple[float, float]:
+    result = _run(job)
+    return result.missed_share, result.gpu_hours
+
+
+def _score(missed: float, hours: float, budget: float) -> tuple[float, float]:
+    """Smaller is better: what is within the budget before what isn't."""
+    over = max(0.0, hours / budget - 1)
+    return (over, missed) if over else (0.0, missed)
+
+
+def _drawn(rng: random.Random) -> dict[str, Any]:
+    return {name: rng.choice(choices) for name, choices in _CHOICES.items()}
+
+
+def _changed(rng: random.Random, settings: dict[str, Any]) -> dict[str, Any]:
+    changed = dict(settings)
+    for name in rng.sample(list(_CHOICES), rng.choice((1, 2))):
+        choices = _CHOICES[name]
+        at = choices.index(changed[name])
+        changed[name] = choices[min(max(at + rng.choice((-1, 1)), 0), len(choices) - 1)]
+    return changed
+
+
+def _serve_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    look_back, interval = settings["windows"]
+    rest = {name: value for name, value in settings.items() if name != "windows"}
+    return {**rest, "look_back_period_s": look_back, "metrics_interval_s": interval}
+
+
+def _settings(candidate: Candidate, scenario: Scenario) -> dict[str, Any]:
+    settings = {name: value for name, value in candidate.scaling.items() if name not in scenario.bounds}
+    return {**settings, **scenario.policy_kwargs} if candidate.name == "drain-time" else settings
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[Executor]:
+    """A process for each core that is ours."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        yield pool
