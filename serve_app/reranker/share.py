@@ -47,20 +47,22 @@ class Fit:
 
 
 def find_shape(args: RerankerArgs, online: Callable[[str, str | None], dict[str, Any]] | None = None) -> Shape:
-    """From a folder or package, the hub's cache, the hub (`online` gives `config.json`, or raises OSError), or the
-    table of the published Qwen3-Reranker. Raises ValueError if none has it."""
+    """From a folder or package, the table of the published Qwen3-Reranker, the hub's cache, or the hub (`online`
+    gives `config.json`, or raises OSError). Raises ValueError if none has it."""
     if args.model.startswith("package:") or Path(args.model).expanduser().exists():
         # The hash is checked when the model is loaded; here it would mean reading the weights.
         model = resolve(args.model_copy(update={"sha256": None}))
         return Shape(model.config, stored_parameters(model) or memory.parameters(model.config), "folder")
-    config, source = _cached(args), "hub cache"
+    if args.model in _PUBLISHED:
+        config: dict[str, Any] | None = _published(args.model)
+        source = "built-in table"
+    else:
+        config, source = _cached(args), "hub cache"
     if config is None and online is not None:
         try:
             config, source = online(args.model, args.revision), "hub"
         except OSError:
             config = None
-    if config is None and args.model in _PUBLISHED:
-        config, source = _published(args.model), "built-in table"
     if config is None:
         raise ValueError(
             f"model is {args.model!r}, whose config.json is in no folder here, not in the hub's cache, and not to "

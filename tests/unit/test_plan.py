@@ -135,7 +135,7 @@ def test_what_cannot_be_said_is_a_failure_too(tmp_path: Path, args: dict[str, An
     assert message in made.table()
 
 
-def test_a_hub_that_is_down_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_down_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def down(name: str, revision: str | None) -> dict[str, Any]:
@@ -143,8 +143,9 @@ def test_a_hub_that_is_down_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no network")
 
     monkeypatch.setattr("serve_app.plan.hub_config", down)
-    assert planned(FLEET).fits
-    assert len(asked) == 1
+    made = planned(changed(tmp_path, "model: Qwen/Qwen3-Reranker-", "model: someone/"))
+    assert [variant.source for variant in made.variants] == [None] * 3
+    assert asked == ["someone/0.6B"]
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["nowhere.yaml", "--gpu-memory", "80"], 2)])

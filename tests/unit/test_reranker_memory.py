@@ -404,13 +404,15 @@ def test_models_that_no_one_knows_are_named() -> None:
         find_shape(args("someone/unknown"))
 
 
-def test_an_unreachable_hub_leaves_the_table() -> None:
+def test_published_rerankers_are_known_without_the_hub_and_others_are_asked_for() -> None:
     def down(name: str, revision: str | None) -> dict[str, Any]:
         raise OSError("no network")
 
     assert find_shape(args(), down).source == "built-in table"
     config = published("4B").config
-    assert find_shape(args(), lambda *_: config) == Shape(config, parameters(config), "hub")
+    assert find_shape(args("someone/known"), lambda *_: config) == Shape(config, parameters(config), "hub")
+    with pytest.raises(ValueError, match="not to be had from the hub"):
+        find_shape(args("someone/known"), down)
 
 
 def test_encoders_have_no_cache() -> None:
