@@ -44,20 +44,13 @@ def visible_cards(count: int) -> list[Card]:
         if nvml is None:
             return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = (
-            [str(i) for i in range(nvml.nvmlDeviceGetCount())]
-            if visible is None
-            else [name.strip() for name in visible.split(",") if name.strip()]
-        )
-        cards = []
-        for name in names[:count]:
-            handle = (
-                nvml.nvmlDeviceGetHandleByIndex(int(name))
-                if name.isdigit()
-                else nvml.nvmlDeviceGetHandleByUUID(name)
-            )
-            cards.append(Card(str(nvml.nvmlDeviceGetUUID(handle)), _memory(nvml, handle)[0]))
-        return cards
+        try:
+            names = [str(i) for i in range(nvml.nvmlDeviceGetCount())] if visible is None else visible.split(",")
+            handles = [_handle(nvml, name.strip()) for name in names[:count] if name.strip()]
+            return [Card(str(nvml.nvmlDeviceGetUUID(handle)), _memory(nvml, handle)[0]) for handle in handles]
+        except nvml.NVMLError as error:
+            logger.warning(f"NVML says {error} to CUDA_VISIBLE_DEVICES={visible}: shares of GPUs aren't checked.")
+            return []
 
 
 def wait_for_memory(cards: Sequence[Card], needed_bytes: int, limit_s: float = _FREE_LIMIT_S) -> None:
@@ -144,6 +137,10 @@ def _nvml() -> Iterator[Any]:
         yield pynvml
     finally:
         pynvml.nvmlShutdown()
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int, int]:

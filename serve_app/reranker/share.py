@@ -111,6 +111,12 @@ def judge(args: RerankerArgs, shape: Shape, gpus: float, card_bytes: int) -> Fit
         return Fit(budget, None, None, longest, 0, None)
     _check_division(config, ranks)
     needs = memory.needs(config, shape.parameters, settings)
+    least = memory.needs(config, shape.parameters, settings | {"kv_cache_memory_bytes": None}).kv_cache
+    if needs.kv_cache < least:
+        raise ValueError(
+            f"engine.kv_cache_memory_bytes is {needs.kv_cache}, but one prompt of max_model_len tokens needs "
+            f"{least}; leave it out, raise it, or lower engine.max_model_len"
+        )
     smallest = _smallest(config, shape.parameters, settings, card_bytes)
     kv_tokens = 0
     if needs.kv_cache:

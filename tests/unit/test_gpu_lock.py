@@ -206,6 +206,18 @@ def test_old_drivers_do_not_say_what_they_keep(nvml: Any, monkeypatch: pytest.Mo
     assert visible_cards(1) == [Card("GPU-a", 80 * GIB)]
 
 
+def test_a_card_that_nvml_cannot_read_is_used_unchecked(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Nvml(40)
+
+    def unknown(uuid: str) -> str:
+        raise library.NVMLError("not found")
+
+    monkeypatch.setattr(library, "nvmlDeviceGetHandleByUUID", unknown)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-part")
+    nvml(library)
+    assert visible_cards(1) == []
+
+
 def test_memory_that_is_free_is_not_waited_for(nvml: Any) -> None:
     nvml(Nvml(20))
     wait_for_memory([CARD, OTHER], 20 * GIB, 0)

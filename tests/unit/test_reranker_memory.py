@@ -358,6 +358,10 @@ def test_settings_that_contradict_the_share(gpus: float, engine: dict[str, Any],
 def test_a_cache_of_the_user_s_own_size_counts_in_full() -> None:
     assert fit("0.6B", 0.25, kv_cache_memory_bytes=4 * GIB).needs.kv_cache == 4 * GIB
     assert fit("0.6B", 0.25, kv_cache_memory_bytes=40 * GIB).problem is not None
+    with pytest.raises(
+        ValueError, match=r"engine.kv_cache_memory_bytes is 1000, but one prompt .* needs 941359104"
+    ):
+        fit("0.6B", 0.25, kv_cache_memory_bytes=1000)
 
 
 def test_tokens_that_fit_are_what_the_budget_leaves() -> None:
