@@ -24,7 +24,8 @@ what a block holds is compared with itself.
 a_s is stable's mean over the blocks before, and products for several drops of a_c below it are averaged. In 2,000
 simulated rollouts without a difference, looked at after each of 300 blocks, 2 to 3 % fire at alpha 0.05, and about
 1 % with a margin of 0.01. With that margin, a fall of the click-through from 0.30 to 0.20 is found after 180 of
-the canary's queries, at the median, where its share is 5 %, and after 390 where it is 50 %; to 0.25: 900 and 1,800.
+the canary's queries, at the median, where its share is 5 %, and after 390 where it is 50 %; to 0.25, 900 and
+1,800.
 
 What it takes for granted: given which side they are on, queries of one block are independent, and a block handed
 in does not change any more (the clicks of the running minute may still be on their way).
