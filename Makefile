@@ -9,7 +9,7 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean
+.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean simulate
 .SILENT:
 
 help:
@@ -17,6 +17,7 @@ help:
 	echo "make stop                  stop it from another terminal"
 	echo "make test | test-unit      all tests | those that need no engine"
 	echo "make soak                  eleven minutes of constant load on a scaling variant"
+	echo "make simulate              compare scaling policies on simulated traffic (3 min); pictures in .run/simulate"
 	echo "make setup | index | lint | clean"
 
 setup:
@@ -53,6 +54,10 @@ test: lint test-unit
 # Eleven minutes of constant load, too long for every run.
 soak: setup-dev
 	$(BIN)/pytest -q -s -m soak tests/cluster
+
+simulate: setup-dev
+	mkdir -p .run/simulate
+	$(BIN)/serve-app simulate --trace all --json .run/simulate/comparison.json --png .run/simulate/comparison.png
 
 clean:
 	rm -rf .venv .venv-gpu .run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--provision-s", type=_positive, help="until a new node can start replicas")
     simulate.add_argument("--gpus-per-node", type=int, help="cards of a node")
     simulate.add_argument("--slo-ms", type=_positive, help="latency target (default: 2000, or the deadline)")
-    simulate.add_argument("--search", type=int, default=40, help="settings that are tried for Serve's own policy")
+    simulate.add_argument("--search", type=int, default=30, help="settings that are tried for Serve's own policy")
     simulate.add_argument("--seed", type=int, default=0, help="of the calls that are drawn")
     simulate.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and curves")
     simulate.add_argument("--png", type=Path, metavar="FILE", help="draw them; with several traces, FILE-TRACE")

@@ -109,7 +109,8 @@ def _remarks(comparison: Comparison) -> list[str]:
         if ours is not None and row.missed_share > 0:
             remarks.append(
                 f"  drain-time misses {ours.missed_share / row.missed_share:.2f} times as much as that, "
-                f"at {ours.mean('gpu_hours') / row.mean('gpu_hours'):.2f} times the GPU-hours"
+                f"at {ours.cost.replicas / row.cost.replicas:.2f} times the GPU-hours "
+                f"({ours.cost.nodes / row.cost.nodes:.2f} times the nodes')"
             )
     if ours is not None and instant is not None and ours.missed_share > 0:
         remarks.append(
