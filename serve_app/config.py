@@ -79,6 +79,15 @@ class RecallArgs(Block):
     threads: int = Field(default=2, ge=1, le=64)
 
 
+class RolloutArgs(Block):
+    """`args` of `serve_app.rollout:build`: the controller of canary rollouts."""
+
+    # sqlite:///path on one machine, redis://[:password@]host[:port][/db] on a cluster.
+    store: str = Field(min_length=1)
+    # JSON Lines file for the raw events of /v1/events, rotated at 100 MB, five files; None: none.
+    events_log: str | None = Field(default=None, min_length=1)
+
+
 class GatewayArgs(Block):
     """`args` of `serve_app.gateway:build`. Everything that may change while serving is in `GatewaySettings`."""
 
@@ -143,6 +152,8 @@ class Route(Block):
     weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     # Deadline of a call that brings no timeout_ms.
     timeout_ms: int = Field(default=5_000, ge=1)
+    # Header that tells users apart where a call names none, e.g. X-Session-Id.
+    user_header: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]{1,64}$")
 
     @field_validator("weights")
     @classmethod
@@ -170,6 +181,8 @@ class GatewaySettings(Block):
 
     # Name of the recall application; None: a fleet that only reranks.
     recall: Name | None = None
+    # Name of the rollout application; None: traffic moves by the routes' weights alone.
+    rollout: Name | None = None
     variants: dict[Name, Variant] = Field(default_factory=dict)
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
     routes: dict[Name, Route] = Field(min_length=1)

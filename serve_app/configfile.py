@@ -13,8 +13,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.autoscaling import DrainTime
-from serve_app.config import Block, GatewayArgs, GatewaySettings, RecallArgs, RerankerArgs, closest, explain
+from serve_app.config import (
+    Block,
+    GatewayArgs,
+    GatewaySettings,
+    RecallArgs,
+    RerankerArgs,
+    RolloutArgs,
+    closest,
+    explain,
+)
 from serve_app.reranker.engine_args import check_engine_args
+from serve_app.rollout.store import open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,7 @@ KINDS = {
     "serve_app.gateway:build": _Kind(GatewayArgs, ("Gateway",)),
     "serve_app.recall:build": _Kind(RecallArgs, ("Front", "Recall")),
     "serve_app.reranker:build": _Kind(RerankerArgs, ("Front", "Reranker")),
+    "serve_app.rollout:build": _Kind(RolloutArgs, ("Rollout",)),
 }
 
 
@@ -71,7 +82,7 @@ def load(path: Path) -> ConfigFile:
     for application in raw["applications"]:
         # Serve's own default; with two such applications it refuses the file.
         application.setdefault("name", "default")
-    found: dict[type[BaseModel], dict[str, Any]] = {RecallArgs: {}, RerankerArgs: {}, GatewayArgs: {}}
+    found: dict[type[BaseModel], dict[str, Any]] = {kind.args: {} for kind in KINDS.values()}
     settings: dict[str, GatewaySettings] = {}
     for i, application in enumerate(raw["applications"]):
         where = f"applications[{i}]"
@@ -82,7 +93,7 @@ def load(path: Path) -> ConfigFile:
         args = _validated(kind.args, application.get("args") or {}, f"{where}.args", problems)
         if args is not None:
             found[kind.args][application["name"]] = args
-            problems += _engine_problems(f"{where}.args", args)
+            problems += _args_problems(f"{where}.args", args)
         problems += _deployment_problems(where, application, kind)
         if kind.args is GatewayArgs:
             user_config = _gateway_user_config(application)
@@ -125,6 +136,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -248,10 +261,12 @@ def _policy_problems(where: str, scaling: dict[str, Any], deployment: str) -> li
     return problems
 
 
-def _engine_problems(where: str, args: Block) -> list[str]:
+def _args_problems(where: str, args: Block) -> list[str]:
     try:
         if isinstance(args, RerankerArgs):
             check_engine_args(args.engine)
+        if isinstance(args, RolloutArgs):
+            open_store(args.store).close()
     except ValueError as error:
         return [f"{where}.{error}"]
     return []
@@ -272,6 +287,8 @@ def _missing_applications(where: str, settings: GatewaySettings, raw: dict[str, 
         by_path.setdefault(application["import_path"], []).append(application["name"])
     problems = []
     wanted = [("serve_app.reranker:build", f"{where}.variants", name) for name in settings.variants]
+    if settings.rollout is not None:
+        wanted.append(("serve_app.rollout:build", f"{where}.rollout", settings.rollout))
     if settings.recall is not None:
         wanted.append(("serve_app.recall:build", f"{where}.recall", settings.recall))
     for import_path, place, name in wanted:

@@ -80,10 +80,13 @@ def meta(call: Call, reports: Sequence[StageReport]) -> dict[str, Any]:
     body: dict[str, Any] = {
         "route": call.plan.route,
         "pipeline": call.plan.pipeline,
+        "why": call.plan.why,
         "variants": [report.name for report in reports if report.name != "recall"],
         "stages": [_stage(report) for report in reports],
         "took_ms": round((time.monotonic() - call.started) * 1e3, 2),
     }
+    if call.plan.place is not None:
+        body["rollout"] = {"id": call.plan.place.split.rollout, "role": call.plan.place.role}
     degraded = [
         {"stage": report.name, "reason": report.failure.reason, "detail": report.failure.detail}
         for report in reports

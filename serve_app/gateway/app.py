@@ -18,8 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serve_app import __version__
+from serve_app.config import GatewaySettings
 from serve_app.gateway import wire
 from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
+from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
@@ -33,12 +35,15 @@ B = TypeVar("B", bound=BaseModel)
 # A body that trickles in must not hold one of limits.max_concurrent_calls for ever.
 _BODY_TIMEOUT_S = 10
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_BODIES = (wire.SearchBody, wire.RerankBody, wire.CohereV2Body, wire.ScoreBody)
+_BODIES = (wire.SearchBody, wire.RerankBody, wire.CohereV2Body, wire.ScoreBody, RolloutBody, EventsBody)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.ErrorBody, "description": description}
     for status, description in {
         400: "The body is not valid, or over a limit",
+        401: "No key, or a wrong one",
+        403: "Not open here",
         404: "No such model",
+        409: "The state does not allow it",
         408: "The body came too slowly",
         413: "The body is over limits.max_body_bytes",
         415: "The body is compressed",
@@ -62,7 +67,7 @@ def create_app(service: Service) -> FastAPI:
     async def search(request: Request) -> Response:
         async def answer(body: wire.SearchBody) -> Any:
             call = _call(service, request, body)
-            candidates, ranking = await service.search(
+            call, candidates, ranking = await service.search(
                 call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
             )
             return search_answer(call, body.query, candidates, ranking, body.top_n, body.explain)
@@ -76,7 +81,7 @@ def create_app(service: Service) -> FastAPI:
                 limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
                 query = _text(body.query, None, "query")
                 documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
-                ranking = await service.rerank(call, query, documents)
+                call, ranking = await service.rerank(call, query, documents)
                 wanted = documents_by_default if body.return_documents is None else body.return_documents
                 shown = [_shown(document) for document in body.documents] if wanted else None
                 return rerank_answer(call, ranking, body.top_n, shown)
@@ -96,8 +101,8 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
     async def rerank_v2(request: Request) -> Response:
         async def answer(body: wire.CohereV2Body) -> Any:
-            call = _call(service, request, body)
-            return rerank_answer(call, await service.rerank(call, body.query, body.documents), body.top_n, None)
+            call, ranking = await service.rerank(_call(service, request, body), body.query, body.documents)
+            return rerank_answer(call, ranking, body.top_n, None)
 
         return await _answer(service, request, wire.CohereV2Body, answer)
 
@@ -126,6 +131,13 @@ def create_app(service: Service) -> FastAPI:
         ready, body = service.readiness()
         return _json(body, 200 if ready else 503)
 
+    async def read_and_answer(
+        request: Request, model: type[B] | None, reply: Callable[[B | None], Awaitable[Any]]
+    ) -> Response:
+        return await _answer(service, request, model, reply)
+
+    add_control(app, service, read_and_answer, _takes)
+
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
@@ -147,16 +159,17 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _answer(
-    service: Service, request: Request, model: type[B], answer: Callable[[B], Awaitable[Any]]
+    service: Service, request: Request, model: type[B] | None, answer: Callable[[Any], Awaitable[Any]]
 ) -> Response:
-    """Reads the body as `model`, answers with what `answer` makes of it; whatever goes wrong has the one body."""
+    """Reads the body as `model` (None: there is none), answers with what `answer` makes of it; whatever goes wrong
+    has the one body."""
     request_id = _request_id(request)
     try:
         service.enter()
     except ApiError as error:
         return _error(error, request_id)
     try:
-        body = await _read(request, model, service.settings.limits.max_body_bytes)
+        body = None if model is None else await _read(request, model, service.settings.limits.max_body_bytes)
         return _json(await answer(body))
     except ApiError as error:
         return _error(error, request_id)
@@ -205,7 +218,9 @@ async def _read(request: Request, model: type[B], max_bytes: int) -> B:
 
 def _call(service: Service, request: Request, body: Any) -> Call:
     settings = service.settings
-    plan = resolve(settings, body.model, getattr(body, "route", None), getattr(body, "user", None))
+    named_route = getattr(body, "route", None)
+    user = getattr(body, "user", None) or _header_user(settings, request, named_route or body.model)
+    plan = resolve(settings, body.model, named_route, user, service.rollouts.of)
     asked_ms = body.timeout_ms or _header_timeout_ms(request)
     return Call(
         request_id=_request_id(request),
@@ -216,6 +231,14 @@ def _call(service: Service, request: Request, body: Any) -> Call:
         instruction=body.instruction,
         max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
     )
+
+
+def _header_user(settings: GatewaySettings, request: Request, route: str | None) -> str | None:
+    """The user by the header that the route names; None where it names none, or the caller sent none."""
+    found = settings.routes.get(route or settings.default_route)
+    if found is None or found.user_header is None:
+        return None
+    return request.headers.get(found.user_header) or None
 
 
 def _header_timeout_ms(request: Request) -> int | None:
@@ -280,8 +303,10 @@ def _shown(document: str | wire.TextDocument) -> dict[str, Any]:
 # ---- OpenAPI
 
 
-def _takes(body: type[BaseModel], answer: type[BaseModel], summary: str) -> dict[str, Any]:
-    """Route arguments that describe a body which the handler reads by itself."""
+def _takes(body: type[BaseModel] | None, answer: type[BaseModel], summary: str) -> dict[str, Any]:
+    """Route arguments that describe a body which the handler reads by itself, where there is one."""
+    if body is None:
+        return {"summary": summary, "responses": {200: {"model": answer}, **_ERRORS}}
     schema = {"$ref": f"#/components/schemas/{body.__name__}"}
     return {
         "summary": summary,

@@ -34,3 +34,4 @@ class Gateway:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.service.configure(user_config)
         self.fleet.watch()
+        self.service.rollouts.configure(self.service.settings)

@@ -71,10 +71,16 @@ class Fleet:
         answer: RecallResult = result
         return answer
 
+    async def ask(self, app: str, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Calls the rollout application. Raises what it raises, and TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            return await self._call(app, "Rollout", method, *arguments)
+
     async def score(
-        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float
+        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float, *, mirrored: bool = False
     ) -> ScoreResult:
-        """Scores all documents of `request`, in calls of `pairs_per_call` that spread over the replicas.
+        """Scores all documents of `request`, in calls of `pairs_per_call` that spread over the replicas. What a
+        `mirrored` call meets opens no circuit breaker: live calls may go to the same variant.
 
         Raises StageFailure when any part could not be scored, and PromptTooLongError.
         """
@@ -83,7 +89,9 @@ class Fleet:
             replace(request, documents=documents[i : i + pairs_per_call], timeout_s=timeout_s)
             for i in range(0, len(documents), pairs_per_call)
         ]
-        parts: list[ScoreResult] = await self._guarded(variant, "Reranker", "score", requests, timeout_s)
+        parts: list[ScoreResult] = await self._guarded(
+            variant, "Reranker", "score", requests, timeout_s, mirrored=mirrored
+        )
         return ScoreResult(
             scores=[score for part in parts for score in part.scores],
             logits=[logit for part in parts for logit in part.logits],
@@ -95,7 +103,13 @@ class Fleet:
         )
 
     async def _guarded(
-        self, app: str, deployment: str, method: str, requests: Sequence[Any], timeout_s: float
+        self,
+        app: str,
+        deployment: str,
+        method: str,
+        requests: Sequence[Any],
+        timeout_s: float,
+        mirrored: bool = False,
     ) -> list[Any]:
         """The answers to all `requests` within `timeout_s`; none is sent while the application is known to be
         down. Whatever goes wrong becomes a StageFailure."""
@@ -104,7 +118,7 @@ class Fleet:
         if self.running(app, deployment) is None and self.apps is not None:
             raise StageFailure("unavailable", f"{app} is not deployed", retry_after_s=5)
         breaker = self._breakers.setdefault(app, Breaker())
-        telling = timeout_s >= _TELLING_TIMEOUT_S
+        telling = timeout_s >= _TELLING_TIMEOUT_S and not mirrored
         call = breaker.enter(can_probe=telling)
         if call is None:
             raise StageFailure("unavailable", f"{app} has not answered its last calls", retry_after_s=1)
@@ -128,15 +142,15 @@ class Fleet:
                 logger.exception("%s failed", app)
             if failure.reason == "timeout":
                 failed = True if telling else None
-            elif failure.reason != "overloaded":
+            elif failure.reason != "overloaded" and not mirrored:
                 failed = True
             raise failure from error
         finally:
             breaker.settle(call, failed)
 
-    async def _call(self, app: str, deployment: str, method: str, request: Any) -> Any:
+    async def _call(self, app: str, deployment: str, method: str, *arguments: Any) -> Any:
         for attempt in range(_ATTEMPTS):
-            response = getattr(self._handle(app, deployment), method).remote(request)
+            response = getattr(self._handle(app, deployment), method).remote(*arguments)
             try:
                 return await response
             except asyncio.CancelledError:

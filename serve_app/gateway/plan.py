@@ -1,13 +1,14 @@
 """From the name a client gives to what will run. Pure."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from serve_app.config import Fusion, GatewaySettings, Stage
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
-from serve_app.rollout.split import choose
+from serve_app.rollout.split import Place, Split, choose, place
 
 # Recall depth where a client names a variant, which has no pipeline to say it.
 _VARIANT_RECALL_K = 200
@@ -23,6 +24,10 @@ class Plan:
     recall_k: int
     stages: tuple[Stage, ...] = ()
     fusion: Fusion | None = None
+    # Where a rollout of the route put the call; None where none had a say.
+    place: Place | None = None
+    # Why this pipeline: the route's split, the client's wish, or because the canary gave no answer.
+    why: Literal["split", "forced", "fallback"] = "split"
 
     @property
     def by_variant(self) -> bool:
@@ -44,10 +49,19 @@ class Call:
     started: float
     instruction: str | None = None
     max_tokens_per_doc: int | None = None
+    # A copy of a call for the canary, whose answer nobody waits for.
+    mirrored: bool = False
 
 
-def resolve(settings: GatewaySettings, model: str | None, route: str | None, user: str | None) -> Plan:
-    """The plan for a route, pipeline or variant; the default route's when none is named. Raises ApiError."""
+def resolve(
+    settings: GatewaySettings,
+    model: str | None,
+    route: str | None,
+    user: str | None,
+    splits: Callable[[str], Sequence[Split]] = lambda route: (),
+) -> Plan:
+    """The plan for a route, pipeline or variant; the default route's when none is named. `splits` of a route are
+    its rollouts'. Raises ApiError."""
     if route is not None:
         if model is not None:
             raise ApiError("invalid_request", "give model or route, not both", param="route")
@@ -56,12 +70,15 @@ def resolve(settings: GatewaySettings, model: str | None, route: str | None, use
     name = route or model or settings.default_route
     if name in settings.routes:
         chosen = choose(settings.routes[name].weights, user, salt=name)
-        return _pipeline_plan(settings, chosen, route=name)
+        # A gateway whose settings are behind serves what it knows.
+        known = [split for split in splits(name) if split.canary in settings.pipelines]
+        pipeline, placed = place(known, chosen, user)
+        return replace(pipeline_plan(settings, pipeline, route=name), place=placed)
     if name in settings.pipelines:
-        return _pipeline_plan(settings, name, route=None)
+        return replace(pipeline_plan(settings, name, route=None), why="forced")
     if name in settings.variants:
         recall_k = min(_VARIANT_RECALL_K, settings.limits.max_recall_k)
-        return Plan(name, None, None, recall_k, (Stage(variant=name),))
+        return Plan(name, None, None, recall_k, (Stage(variant=name),), why="forced")
     raise _unknown("model", name, [*settings.routes, *settings.pipelines, *settings.variants])
 
 
@@ -84,7 +101,8 @@ def variants_in_use(settings: GatewaySettings) -> set[str]:
     }
 
 
-def _pipeline_plan(settings: GatewaySettings, name: str, route: str | None) -> Plan:
+def pipeline_plan(settings: GatewaySettings, name: str, route: str | None) -> Plan:
+    """The plan of the pipeline `name`, reached by `route`."""
     pipeline = settings.pipelines[name]
     return Plan(route or name, route, name, pipeline.recall_k, pipeline.stages, pipeline.fusion)
 

@@ -4,17 +4,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from serve_app.config import GatewaySettings, Stage, explain
 from serve_app.gateway import lexical
+from serve_app.gateway.canary import SHOWN, answer
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.fleet import Fleet, all_or_none
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
 from serve_app.gateway.plan import Call, variants_in_use
+from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.scripts import foreign_letter
 from serve_app.recall.messages import Candidate, RecallRequest
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
@@ -25,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 _BELOW = 1e-6
 # Queries of one score call that are under way at once.
 _QUERIES_AT_ONCE = 8
+# Engines take lower numbers first.
+_MIRRORED_PRIORITY = 10
 
 
 class Service:
@@ -32,6 +37,7 @@ class Service:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self.rollouts = Rollouts(fleet.ask)
         self._settings: GatewaySettings | None = None
         # What is wrong with settings that were refused while older ones stay in force.
         self.settings_error: str | None = None
@@ -74,39 +80,73 @@ class Service:
 
     async def search(
         self, call: Call, query: str, *, recall_k: int | None, top_n: int, rerank: bool
-    ) -> tuple[list[Candidate], Ranking]:
-        """Recall, then the plan's stages over what it found. Raises ApiError where recall fails."""
+    ) -> tuple[Call, list[Candidate], Ranking]:
+        """Recall, then the plan's stages over what it found. The call that comes back is the one that was
+        answered: stable's where a canary failed. Raises ApiError where recall fails."""
         settings = call.settings
         check_query(settings, query)
         if settings.recall is None:
             raise ApiError("not_found", "this fleet has no catalogue (user_config.recall is not set)")
         limit(settings, "max_recall_k", recall_k or 0, "recall_k")
         limit(settings, "max_recall_k", top_n, "top_n")
-        k = max(recall_k or call.plan.recall_k, top_n)
-        started = time.monotonic()
-        try:
-            recalled = await self.fleet.recall(
-                settings.recall, RecallRequest(query, k, call.request_id, call.deadline.remaining_s())
-            )
-        except StageFailure as failure:
-            raise _nothing_possible(failure) from failure
-        report = StageReport("recall", took_ms=(time.monotonic() - started) * 1e3)
-        candidates = recalled.candidates
-        ranking = await self._rank(
-            call,
-            call.plan.stages if rerank else (),
-            query,
-            [_text(candidate) for candidate in candidates],
-            [candidate.score for candidate in candidates],
-        )
-        ranking.reports.insert(0, report)
-        return candidates, ranking
+        if not rerank:
+            # BM25's order is no answer of the canary's.
+            call = replace(call, plan=replace(call.plan, place=None))
+        # What was recalled for the canary serves stable too, and the mirrored copy.
+        recalled: dict[int, tuple[list[Candidate], float]] = {}
 
-    async def rerank(self, call: Call, query: str, documents: list[str]) -> Ranking:
-        """The plan's stages over the caller's documents; BM25 over them where no stage could answer."""
+        async def attempt(call: Call) -> tuple[list[Candidate], Ranking]:
+            k = max(recall_k or call.plan.recall_k, top_n)
+            if k not in recalled:
+                recalled[k] = await self._recall(call, query, k)
+            candidates, took_ms = recalled[k]
+            ranking = await self._rank(
+                call,
+                call.plan.stages if rerank else (),
+                query,
+                [_text(candidate) for candidate in candidates],
+                [candidate.score for candidate in candidates],
+            )
+            ranking.reports.insert(0, StageReport("recall", took_ms=took_ms))
+            return candidates, ranking
+
+        def order(found: tuple[list[Candidate], Ranking]) -> list[str]:
+            candidates, ranking = found
+            return [candidates[position].id for position in ranking.order[:SHOWN]]
+
+        call, (candidates, ranking) = await answer(
+            self.rollouts, call, attempt, ranking_of=lambda found: found[1], order_of=order, searched=True
+        )
+        return call, candidates, ranking
+
+    async def rerank(self, call: Call, query: str, documents: list[str]) -> tuple[Call, Ranking]:
+        """The plan's stages over the caller's documents; BM25 over them where no stage could answer. The call that
+        comes back is the one that was answered."""
         check_query(call.settings, query)
         check_documents(call.settings, documents)
-        return await self._rank(call, call.plan.stages, query, documents, None)
+
+        async def attempt(call: Call) -> Ranking:
+            return await self._rank(call, call.plan.stages, query, documents, None)
+
+        return await answer(
+            self.rollouts,
+            call,
+            attempt,
+            ranking_of=lambda ranking: ranking,
+            order_of=lambda ranking: ranking.order[:SHOWN],
+            searched=False,
+        )
+
+    async def _recall(self, call: Call, query: str, k: int) -> tuple[list[Candidate], float]:
+        """Candidates, and the milliseconds that it took."""
+        assert call.settings.recall is not None
+        started = time.monotonic()
+        request = RecallRequest(query, k, call.request_id, call.deadline.remaining_s())
+        try:
+            recalled = await self.fleet.recall(call.settings.recall, request)
+        except StageFailure as failure:
+            raise _nothing_possible(failure) from failure
+        return recalled.candidates, (time.monotonic() - started) * 1e3
 
     async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], StageReport]:
         """The last stage's score of every (query, document) pair. There is no fallback: a score is a model's
@@ -163,7 +203,7 @@ class Service:
             deadline=call.deadline,
         )
         for report in ranking.reports:
-            if report.failure is not None:
+            if report.failure is not None and not call.mirrored:
                 logger.warning(
                     "request %s degraded: %s: %s", call.request_id, report.failure.reason, report.failure.detail
                 )
@@ -181,10 +221,13 @@ class Service:
                 instruction=call.instruction or stage.instruction,
                 max_tokens_per_doc=call.max_tokens_per_doc or stage.max_tokens_per_doc,
                 request_id=call.request_id,
+                priority=_MIRRORED_PRIORITY if call.mirrored else 0,
             )
             pairs_per_call = call.settings.variants[stage.variant].pairs_per_call
             try:
-                result = await self.fleet.score(stage.variant, request, pairs_per_call, timeout_s)
+                result = await self.fleet.score(
+                    stage.variant, request, pairs_per_call, timeout_s, mirrored=call.mirrored
+                )
             except PromptTooLongError as error:
                 raise ApiError("prompt_too_long", str(error), param="query") from None
             if len(written) == len(documents):

@@ -153,6 +153,13 @@ class Meta(BaseModel):
     model_config = ConfigDict(extra="allow")
     route: str | None
     pipeline: str | None
+    why: Literal["split", "forced", "fallback"] = Field(
+        default="split",
+        description="The route's split, the client's wish, or in place of a canary that failed.",
+    )
+    rollout: dict[str, str] | None = Field(
+        default=None, description="`id` of the rollout that had a say, and the `role` that answered."
+    )
     variants: list[str]
     stages: list[StageMeta]
     degraded: list[Degraded] | None = Field(default=None, description="Absent when nothing was left out.")

@@ -29,6 +29,10 @@ class Counters:
             found = self._figures[key] = Figures()
         return found
 
+    def rows(self) -> list[tuple[str, Role, int, Figures]]:
+        """Rollout, role, start of the bucket, figures."""
+        return [(*key, figures) for key, figures in self._figures.items()]
+
     def window(self, rollout: str, role: Role, since_s: float, until_s: float = math.inf) -> Figures:
         """All of the buckets that begin at `since_s` or later, and before `until_s`."""
         total = Figures()

@@ -55,7 +55,7 @@ class FleetDouble(Fleet):
         return RecallResult(self.recalls(request), 0.1)
 
     async def score(
-        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float
+        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float, *, mirrored: bool = False
     ) -> ScoreResult:
         self.asked.append((variant, request))
         scores = self.scores(variant, request)

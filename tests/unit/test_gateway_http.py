@@ -101,9 +101,9 @@ def test_rank_fields_cannot_multiply_a_document(gateway):
 
 def test_distinct_queries_of_a_score_call_are_under_way_together():
     class SlowFleet(FleetDouble):
-        async def score(self, *args):
+        async def score(self, *args, **kwargs):
             await asyncio.sleep(0.05)
-            return await super().score(*args)
+            return await super().score(*args, **kwargs)
 
     texts = [f"document number {i}" for i in range(16)]
     started = time.monotonic()
@@ -355,7 +355,7 @@ def test_openapi_describes_every_body(gateway):
     schema = gateway.request("GET", "/openapi.json").json()
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            if method == "post":
+            if method == "post" and not path.endswith("{action}"):
                 reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
                 assert reference.rpartition("/")[2] in schema["components"]["schemas"], path
     assert "$defs" not in json.dumps(schema)

@@ -1,0 +1,130 @@
+"""A call that a rollout has placed: answered by its canary or by stable, counted, perhaps mirrored.
+
+No client pays for a canary: what it can't answer in full and in time, stable answers within the call's deadline.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from serve_app.gateway.deadline import Deadline
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.pipeline import Ranking
+from serve_app.gateway.plan import Call, pipeline_plan, timeout_ms
+from serve_app.gateway.rollouts import Rollouts
+
+logger = logging.getLogger("ray.serve")
+
+A = TypeVar("A")
+
+# Results that are compared and whose scores are counted: what users see.
+SHOWN = 10
+# Mirrored calls wait behind live ones, so they get more of the route's time than those.
+_MIRRORED_TIME = 2
+
+
+class CanaryFailedError(Exception):
+    """No whole answer; the message is why, in a word."""
+
+
+async def answer(
+    rollouts: Rollouts,
+    call: Call,
+    attempt: Callable[[Call], Awaitable[A]],
+    *,
+    ranking_of: Callable[[A], Ranking],
+    order_of: Callable[[A], Sequence[Any]],
+    searched: bool,
+) -> tuple[Call, A]:
+    """What `attempt` makes of the call, and the call that was answered. `order_of` names the results, best first.
+    Raises what `attempt` raises for stable, or where no rollout has a say."""
+    place = call.plan.place
+    if place is None or not place.split.live:
+        return call, await attempt(call)
+    started = time.monotonic()
+    if place.role == "canary":
+        try:
+            trial = replace(call, deadline=rollouts.trial_deadline(place.split, call.deadline))
+            whole = await _whole(attempt, trial, ranking_of)
+        except CanaryFailedError as failure:
+            plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
+            stable_place = replace(place, role="stable")
+            stable = replace(call, plan=replace(plan, place=stable_place, why="fallback"))
+            answered = await attempt(stable)
+            # Not before stable has answered: what it refuses is the caller's fault, not the canary's.
+            rollouts.answered(place, call.request_id, 0.0, error=True)
+            logger.warning(
+                "request %s: stable %s answers for canary %s: %s",
+                call.request_id,
+                place.split.stable,
+                place.split.canary,
+                failure,
+            )
+            return stable, answered
+        _count(rollouts, call, ranking_of(whole), started, searched)
+        return call, whole
+    try:
+        answered = await attempt(call)
+    except ApiError as error:
+        if error.status >= 500:
+            rollouts.answered(place, call.request_id, 0.0, error=True)
+        raise
+    degraded = _count(rollouts, call, ranking_of(answered), started, searched)
+    if not degraded and rollouts.wants_mirror(place.split):
+        rollouts.mirror(_mirrored(rollouts, call, attempt, ranking_of, order_of, order_of(answered)))
+    return call, answered
+
+
+async def _mirrored(
+    rollouts: Rollouts,
+    call: Call,
+    attempt: Callable[[Call], Awaitable[A]],
+    ranking_of: Callable[[A], Ranking],
+    order_of: Callable[[A], Sequence[Any]],
+    stable_order: Sequence[Any],
+) -> None:
+    assert call.plan.place is not None
+    split = call.plan.place.split
+    plan = pipeline_plan(call.settings, split.canary, call.plan.route)
+    deadline = Deadline.after(_MIRRORED_TIME * timeout_ms(call.settings, plan, None) / 1e3)
+    try:
+        whole = await _whole(attempt, replace(call, plan=plan, deadline=deadline, mirrored=True), ranking_of)
+    except CanaryFailedError as failure:
+        # A canary that is busy with live calls, which go first, drops mirrored ones; that is no failure.
+        if str(failure) != "overloaded" and not (str(failure) == "timeout" and split.weight > 0):
+            rollouts.mirrored(split, None)
+    else:
+        rollouts.mirrored(split, (stable_order, order_of(whole)))
+
+
+async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call, ranking_of: Callable[[A], Ranking]) -> A:
+    """The canary's answer with nothing left out. Raises CanaryFailedError."""
+    try:
+        answered = await attempt(call)
+    except ApiError as error:
+        raise CanaryFailedError("timeout" if error.code == "deadline_exceeded" else error.code) from error
+    except Exception as error:
+        logger.exception("request %s: the canary failed", call.request_id)
+        raise CanaryFailedError("error") from error
+    for report in ranking_of(answered).reports:
+        if report.failure is not None:
+            raise CanaryFailedError(report.failure.reason)
+    return answered
+
+
+def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, searched: bool) -> bool:
+    """Whether the answer is degraded."""
+    assert call.plan.place is not None
+    degraded = any(report.failure is not None for report in ranking.reports)
+    scores = [score for p in ranking.order[:SHOWN] if (score := ranking.rerank_scores[p]) is not None]
+    rollouts.answered(
+        call.plan.place,
+        call.request_id,
+        time.monotonic() - started,
+        degraded=degraded,
+        scores=scores,
+        searched=searched,
+    )
+    return degraded

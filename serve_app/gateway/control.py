@@ -1,0 +1,146 @@
+"""`/v1/rollouts` for operators and `/v1/events` for clicks: bodies in and out of the rollout application."""
+
+import hashlib
+import hmac
+import json
+import os
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.service import Service
+from serve_app.rollout.messages import Reply
+from serve_app.rollout.store import Event
+
+ADMIN_KEY = "SERVE_APP_ADMIN_KEY"
+_ACTIONS = ("pause", "resume", "promote", "abort", "undo")
+_MAX_EVENTS = 1000
+
+
+class RolloutBody(RootModel[dict[str, Any]]):
+    """A rollout document: `route`, `stable` and `canary`, and what docs/rollouts.md lists."""
+
+
+class Position(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    ordinal: int | None = Field(default=None, ge=1, le=2**31, description="Rank of the result, from 1.")
+
+
+class EventAttributes(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    position: Position | None = None
+
+
+class UbiEvent(BaseModel):
+    """An event of User Behavior Insights (ubi 1.3), of which impressions and clicks count."""
+
+    model_config = ConfigDict(extra="allow")
+    action_name: str = Field(max_length=100)
+    query_id: str = Field(min_length=1, max_length=128, description="`id` of the search's answer.")
+    event_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=128,
+        description="An event counts once by it; where it is absent, by all that the event says.",
+    )
+    event_attributes: EventAttributes | None = None
+
+
+class EventsBody(BaseModel):
+    """One or many events."""
+
+    model_config = ConfigDict(extra="forbid")
+    events: list[UbiEvent] = Field(min_length=1, max_length=_MAX_EVENTS)
+
+
+class Anything(RootModel[dict[str, Any]]):
+    """An object; docs/rollouts.md shows it."""
+
+
+Answer = Callable[..., Awaitable[Response]]
+
+
+def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[..., dict[str, Any]]) -> None:
+    """Adds the routes to `app`. `answer` reads a body and answers, `takes` describes both."""
+
+    def guarded(ask: Callable[[Request, Any], Awaitable[Reply]], body: type[BaseModel] | None = None) -> Any:
+        async def endpoint(request: Request) -> Response:
+            async def reply(read: Any) -> dict[str, Any]:
+                check_admin(request)
+                return _body(await ask(request, read))
+
+            return await answer(request, body, reply)
+
+        return endpoint
+
+    async def start(request: Request, body: RolloutBody) -> Reply:
+        return await service.rollouts.ask("start", body.root, _operator(request))
+
+    async def recent(request: Request, _: None) -> Reply:
+        return await service.rollouts.ask("recent", request.query_params.get("route"))
+
+    async def show(request: Request, _: None) -> Reply:
+        return await service.rollouts.ask("show", request.path_params["rollout"])
+
+    async def history(request: Request, _: None) -> Reply:
+        return await service.rollouts.ask("history", request.path_params["rollout"])
+
+    async def act(request: Request, _: None) -> Reply:
+        action = request.path_params["action"]
+        if action not in _ACTIONS:
+            raise ApiError("not_found", f"there is no action {action[:40]!r}; known: {', '.join(_ACTIONS)}")
+        command_id = f"{action}-{uuid.uuid4().hex}"
+        return await service.rollouts.ask(
+            "act", request.path_params["rollout"], action, command_id, _operator(request)
+        )
+
+    one = "/v1/rollouts/{rollout}"
+    app.post("/v1/rollouts", **takes(RolloutBody, Anything, "Start a rollout"))(guarded(start, RolloutBody))
+    app.get("/v1/rollouts", **takes(None, Anything, "Rollouts, the newest first"))(guarded(recent))
+    app.get(one, **takes(None, Anything, "A rollout with its figures"))(guarded(show))
+    app.get(f"{one}/history", **takes(None, Anything, "All its transitions"))(guarded(history))
+    app.post(f"{one}/{{action}}", **takes(None, Anything, "pause, resume, promote, abort, undo"))(guarded(act))
+
+    @app.post("/v1/events", **takes(EventsBody, Anything, "Impressions and clicks"))
+    async def events(request: Request) -> Response:
+        async def reply(body: EventsBody) -> dict[str, Any]:
+            kinds = {"click": "click", "impression": "impression", "view": "impression"}
+            counted = [_event(e, kinds[e.action_name]) for e in body.events if e.action_name in kinds]  # type: ignore[arg-type]
+            raw = [json.dumps(event.model_dump(exclude_unset=True), ensure_ascii=False) for event in body.events]
+            answered = _body(await service.rollouts.ask("events", counted, raw))
+            return {**answered, "ignored": len(body.events) - len(counted)}
+
+        return await answer(request, EventsBody, reply)
+
+
+def check_admin(request: Request) -> None:
+    """Raises ApiError unless the call brings the admin key as `Authorization: Bearer …`."""
+    key = os.environ.get(ADMIN_KEY)
+    if not key:
+        raise ApiError("forbidden", f"rollouts are closed: set {ADMIN_KEY} in the gateway's environment")
+    given = request.headers.get("authorization", "")
+    scheme, _, token = given.partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), key.encode()):
+        raise ApiError("unauthorized", "give the admin key: Authorization: Bearer KEY")
+
+
+def _operator(request: Request) -> str:
+    """Who asks, for the history; as they say."""
+    return "".join(c for c in request.headers.get("x-operator", "") if c.isprintable())[:100]
+
+
+def _event(event: UbiEvent, kind: Literal["click", "impression"]) -> Event:
+    said = event.model_dump_json(exclude_unset=True)
+    position = event.event_attributes.position if event.event_attributes else None
+    identity = event.event_id or hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    return Event(identity, event.query_id, kind, position.ordinal if position else None)
+
+
+def _body(reply: Reply) -> dict[str, Any]:
+    if reply.error is not None:
+        raise ApiError(reply.error, reply.message, retry_after_s=1 if reply.error == "unavailable" else None)
+    return reply.body

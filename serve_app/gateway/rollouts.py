@@ -1,0 +1,198 @@
+"""The gateway's side of rollouts: which splits are in force, what is counted of them, and calls that are mirrored.
+
+Nothing here is waited for on a call's way: splits are fetched and figures sent once a second, and while nobody
+answers the last splits stay in force and figures wait.
+"""
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve_app.config import GatewaySettings
+from serve_app.gateway.deadline import Deadline
+from serve_app.rollout.agreement import compare
+from serve_app.rollout.counters import Counters
+from serve_app.rollout.messages import Deployed, News, Reply, Splits
+from serve_app.rollout.split import Place, Split
+from serve_app.rollout.store import Report, Search
+
+logger = logging.getLogger("ray.serve")
+
+_EVERY_S = 1.0
+_EXCHANGE_TIMEOUT_S = 5.0
+# What waits while the rollout application is away; the oldest is dropped first.
+_UNSENT_REPORTS, _UNSENT_SEARCHES = 2_000, 20_000
+# Mirrored calls of one gateway that are under way at once; more are dropped.
+_MIRRORED_AT_ONCE = 4
+_LATENCIES = 200
+# Of a canary call's time, what is kept for stable to answer instead: half as much again as stable's slow calls
+# take, within these parts; the larger one until that is known.
+_LEAST_KEPT, _MOST_KEPT = 0.1, 0.5
+_STABLE_MARGIN = 1.5
+
+
+class Ask(Protocol):
+    """Calls a method of the rollout application. Raises whatever goes wrong."""
+
+    def __call__(self, app: str, method: str, *arguments: Any, timeout_s: float) -> Coroutine[Any, Any, Any]: ...
+
+
+@dataclass(slots=True)
+class _Latencies:
+    """The last answers of a rollout's stable side, in seconds."""
+
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    slow_s: float | None = None
+
+    def add(self, took_s: float) -> None:
+        self.last.append(took_s)
+        if self.slow_s is None or len(self.last) % 20 == 0:
+            self.slow_s = sorted(self.last)[len(self.last) * 95 // 100]
+
+
+class Rollouts:
+    """One per gateway replica, on its event loop."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._splits = Splits()
+        self._counters = Counters()
+        self._searches: list[Search] = []
+        self._unsent: deque[Report] = deque(maxlen=_UNSENT_REPORTS)
+        self._gateway, self._seq = uuid.uuid4().hex, 0
+        self._latencies: dict[str, _Latencies] = {}
+        self._mirrored: set[asyncio.Task[None]] = set()
+        self._app: str | None = None
+        self._deployed = Deployed()
+        self._running: asyncio.Task[None] | None = None
+        self._silent = False
+
+    def configure(self, settings: GatewaySettings) -> None:
+        """Follows the rollout application that the settings name, off the calls' way. Needs a running loop."""
+        self._app = settings.rollout
+        self._deployed = deployed(settings)
+        if self._app is None:
+            self._splits = Splits()
+        elif self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+
+    def of(self, route: str) -> tuple[Split, ...]:
+        """The route's splits, oldest first; one whole table for as long as the caller holds it."""
+        return self._splits.by_route.get(route, ())
+
+    async def ask(self, method: str, *arguments: Any, timeout_s: float = 15.0) -> Reply:
+        """What operators and events ask of the rollout application."""
+        if self._app is None:
+            return Reply(error="not_found", message="this fleet has no rollouts (user_config.rollout is not set)")
+        try:
+            reply: Reply = await self._ask(self._app, method, *arguments, timeout_s=timeout_s)
+            return reply
+        except Exception as error:
+            logger.warning("the rollout application %s did not answer %s: %s", self._app, method, error)
+            return Reply(error="unavailable", message=f"the rollout application {self._app} does not answer")
+
+    # ---- what is counted
+
+    def answered(
+        self,
+        place: Place,
+        request_id: str,
+        took_s: float,
+        *,
+        error: bool = False,
+        degraded: bool = False,
+        scores: Sequence[float] = (),
+        searched: bool = False,
+    ) -> None:
+        """Counts a call that `place` put somewhere: an answer, or that there was none."""
+        now = time.time()
+        figures = self._counters.at(place.split.rollout, place.role, now)
+        figures.add(took_s * 1e3, error=error, degraded=degraded, scores=scores)
+        if place.role == "stable" and not error:
+            self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
+        if searched and not error and len(self._searches) < _UNSENT_SEARCHES:
+            self._searches.append(Search(request_id, place.split.rollout, place.role, now))
+
+    def trial_deadline(self, split: Split, deadline: Deadline) -> Deadline:
+        """Until when the canary may answer, so that stable can after it."""
+        left = deadline.remaining_s()
+        slow_s = self._latencies.get(split.rollout, _Latencies()).slow_s
+        kept = _MOST_KEPT if slow_s is None or not left else _STABLE_MARGIN * slow_s / left
+        kept = min(_MOST_KEPT, max(_LEAST_KEPT, kept))
+        return Deadline(deadline.clock() + left * (1 - kept), 0.0, deadline.clock)
+
+    # ---- mirrored calls
+
+    def wants_mirror(self, split: Split) -> bool:
+        """Whether the call just answered by stable is to be mirrored: by chance, and while there is room."""
+        return split.shadow > 0 and random.random() < split.shadow and len(self._mirrored) < _MIRRORED_AT_ONCE
+
+    def mirror(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Runs a mirrored call on its own; whatever it raises is its own affair."""
+        task = asyncio.get_running_loop().create_task(_quietly(call))
+        self._mirrored.add(task)
+        task.add_done_callback(self._mirrored.discard)
+
+    def mirrored(self, split: Split, orders: tuple[Sequence[Any], Sequence[Any]] | None) -> None:
+        """Counts a mirrored call: stable's order and the canary's, or None where the canary failed it."""
+        figures = self._counters.at(split.rollout, "canary", time.time())
+        figures.add_mirrored(compare(*orders) if orders is not None else None)
+
+    # ---- once a second
+
+    async def _run(self) -> None:
+        while True:
+            if self._app is not None:
+                try:
+                    await self._exchange(self._app)
+                    self._silent = False
+                except Exception as error:
+                    if not self._silent:
+                        logger.warning("no news from the rollout application, the last splits stay: %s", error)
+                    self._silent = True
+            await asyncio.sleep(_EVERY_S)
+
+    async def _exchange(self, app: str) -> None:
+        counted, self._counters = self._counters, Counters()
+        self._seq += 1
+        for rollout, role, bucket, figures in counted.rows():
+            self._unsent.append(Report(rollout, role, bucket, figures.to_json(), self._gateway, self._seq))
+        reports, searches = tuple(self._unsent), tuple(self._searches)
+        news = News(self._gateway, self._deployed, reports, searches)
+        self._splits = await self._ask(app, "exchange", news, timeout_s=_EXCHANGE_TIMEOUT_S)
+        # A report that arrived although the answer was lost is sent again, and stored once.
+        sent = {(report.seq, report.rollout_id, report.role, report.bucket) for report in reports}
+        self._unsent = deque(
+            (r for r in self._unsent if (r.seq, r.rollout_id, r.role, r.bucket) not in sent),
+            maxlen=_UNSENT_REPORTS,
+        )
+        del self._searches[: len(searches)]
+        live = {split.rollout for splits in self._splits.by_route.values() for split in splits if split.live}
+        self._latencies = {name: found for name, found in self._latencies.items() if name in live}
+
+
+def deployed(settings: GatewaySettings) -> Deployed:
+    """What the controller must know of the settings."""
+    return Deployed(
+        {
+            name: tuple(dict.fromkeys(stage.variant for stage in pipeline.stages))
+            for name, pipeline in settings.pipelines.items()
+        },
+        {
+            name: tuple(pipeline for pipeline, weight in route.weights.items() if weight > 0)
+            for name, route in settings.routes.items()
+        },
+    )
+
+
+async def _quietly(call: Coroutine[Any, Any, Any]) -> None:
+    try:
+        await call
+    except Exception:
+        logger.exception("a mirrored call failed")

@@ -1,0 +1,440 @@
+"""The controller: keeps the lease, brings the facts, stores each change before it takes effect. Knows no Ray.
+
+Any number may live at once, as when a node drains; the store lets one act. What gateways and operators ask is read
+from the store, so that every controller answers it.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from serve_app.config import closest, explain
+from serve_app.rollout.document import RolloutDocument
+from serve_app.rollout.figures import Clicks, Figures
+from serve_app.rollout.guards import Verdict, judge
+from serve_app.rollout.machine import Action, Change, Facts, RefusedError, State, advance, command, describe
+from serve_app.rollout.messages import Deployed, News, Reply, Splits
+from serve_app.rollout.split import Split
+from serve_app.rollout.store import (
+    Command,
+    ConflictError,
+    Event,
+    Lease,
+    Rollout,
+    RouteBusyError,
+    StaleLeaseError,
+    Store,
+    StoreError,
+    StoreUnavailable,
+    Transition,
+    UnknownRolloutError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+TICK_S = 0.5
+LEASE_S = 5.0
+# Guards look at new figures this often.
+_LOOK_S = 2.0
+# Reports that are older are no longer expected, so that older buckets are added up once.
+_SETTLED_S = 30.0
+# Clicks come after their search; a minute's are taken for complete this long after it.
+_CLICKS_AFTER_S = 120.0
+_COMMAND_LIMIT_S = 10.0
+_ROLES = ("canary", "stable")
+
+# Variants of those given that have no running replica.
+NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
+
+
+class Controller:
+    """`not_ready` asks the fleet; `holder` names this life of the controller."""
+
+    def __init__(self, store: Store, not_ready: NotReady, holder: str | None = None) -> None:
+        self.store = store
+        self.holder = holder or f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self._not_ready = not_ready
+        self._lease: Lease | None = None
+        self._figures: dict[str, _Window] = {}
+        self._verdicts: dict[str, tuple[float, list[Verdict]]] = {}
+        self._deployed: dict[str, tuple[float, Deployed]] = {}
+        self._splits: Splits | None = None
+        self._failing = ""
+
+    # ---- the loop
+
+    async def run(self) -> None:
+        """Acts while it holds the lease, for ever. While the store is down nothing changes."""
+        while True:
+            try:
+                await self.tick()
+                self._failing = ""
+            except StaleLeaseError:
+                self._lease = None
+                logger.warning("rollouts: another controller has taken over")
+            except ConflictError as error:
+                logger.warning("rollouts: %s; read again", error)
+            except StoreError as error:
+                if str(error) != self._failing:
+                    logger.error("rollouts stand still: %s", error)
+                self._failing = str(error)
+            except Exception:
+                logger.exception("rollouts: a look failed")
+            await asyncio.sleep(TICK_S)
+
+    async def close(self) -> None:
+        if self._lease is not None:
+            await asyncio.to_thread(self.store.release, self._lease)
+
+    async def tick(self) -> None:
+        """One look at everything. Raises StoreError."""
+        lease = await self._held()
+        if lease is not None:
+            for waiting in await asyncio.to_thread(self.store.waiting_commands):
+                await self._apply(waiting, lease)
+            for rollout in await asyncio.to_thread(self.store.active):
+                await self._look(rollout, lease)
+        self._splits = await self._read_splits()
+
+    async def _held(self) -> Lease | None:
+        if self._lease is not None:
+            await asyncio.to_thread(self.store.renew, self._lease)
+        else:
+            self._lease = await asyncio.to_thread(self.store.acquire, self.holder, LEASE_S)
+            if self._lease is not None:
+                logger.info(f"rollouts: {self.holder} acts (lease {self._lease.token})")
+        return self._lease
+
+    async def _look(self, rollout: Rollout, lease: Lease) -> None:
+        document, state = _parts(rollout)
+        now = time.time()
+        not_ready: list[str] = []
+        verdicts: list[Verdict] = []
+        if state.status == "warming":
+            not_ready = await self._not_ready(self._variants(rollout))
+        elif state.status != "pending":
+            verdicts = await self._look_at_figures(rollout, document, state, now)
+        change = advance(document, state, Facts(now, not_ready, verdicts))
+        if change is not None:
+            await self._commit(rollout, document, state, change, verdicts, lease)
+
+    async def _apply(self, waiting: Command, lease: Lease) -> None:
+        rollout = await asyncio.to_thread(self.store.get, waiting.rollout_id)
+        document, state = _parts(rollout)
+        action: Action = waiting.action  # type: ignore[assignment]
+        try:
+            change = command(document, state, action, time.time())
+        except RefusedError as error:
+            await asyncio.to_thread(self.store.refuse_command, waiting, str(error), lease)
+            return
+        if by := str(waiting.body.get("by") or ""):
+            change = replace(change, reason=f"{change.reason} ({by})")
+        await self._commit(rollout, document, state, change, self._seen(rollout.id), lease, waiting.id)
+
+    async def _commit(
+        self,
+        rollout: Rollout,
+        document: RolloutDocument,
+        before: State,
+        change: Change,
+        verdicts: Sequence[Verdict],
+        lease: Lease,
+        command_id: str | None = None,
+    ) -> None:
+        after = change.state
+        transition = None
+        if change.reason:
+            figures: dict[str, Any] = {verdict.metric: asdict(verdict) for verdict in verdicts}
+            old, new = describe(document, before), describe(document, after)
+            transition = Transition(old, new, change.reason, figures)
+            logger.info(f"rollout {rollout.id} on {rollout.route}: {old} → {new}: {change.reason}")
+        changed = replace(rollout, state={**rollout.state, **after.to_json()}, finished=after.finished)
+        await asyncio.to_thread(self.store.commit, changed, transition, lease, command_id)
+
+    # ---- figures
+
+    async def _look_at_figures(
+        self, rollout: Rollout, document: RolloutDocument, state: State, now: float
+    ) -> list[Verdict]:
+        """New verdicts, or none before it is time to look again."""
+        looked_at, _ = self._verdicts.get(rollout.id, (0.0, []))
+        if now - looked_at < _LOOK_S:
+            return []
+        window = self._figures.get(rollout.id)
+        if window is None or window.since != state.window_from:
+            window = self._figures[rollout.id] = _Window(state.window_from)
+        before = window.seen
+        canary, stable = await asyncio.to_thread(window.read, self.store, rollout.id, now)
+        clicks: list[tuple[Clicks, Clicks]] = []
+        if any(metric in document.guards for metric in ("ctr_at_1", "click_mrr")):
+            clicks = await asyncio.to_thread(_clicks, self.store, rollout.id, now)
+        verdicts = judge(document.guards, canary, stable, clicks)
+        self._verdicts[rollout.id] = (now, verdicts)
+        # Looking twice at the same figures would count a failure twice.
+        return verdicts if window.seen != before else []
+
+    def _seen(self, rollout_id: str) -> list[Verdict]:
+        return self._verdicts.get(rollout_id, (0.0, []))[1]
+
+    # ---- what gateways ask
+
+    async def exchange(self, news: News) -> Splits:
+        """Takes in what a gateway counted, and says what is in force. Raises StoreError; the gateway then keeps
+        what it has and sends the same again."""
+        self._deployed[news.gateway] = (time.monotonic(), news.deployed)
+        if news.searches:
+            await asyncio.to_thread(self.store.add_searches, news.searches)
+        if news.reports:
+            await asyncio.to_thread(self.store.add_figures, news.reports)
+        if self._splits is None:
+            self._splits = await self._read_splits()
+        return self._splits
+
+    async def _read_splits(self) -> Splits:
+        active = await asyncio.to_thread(self.store.active)
+        recent = await asyncio.to_thread(self.store.recent, 1000)
+        by_route: dict[str, list[Split]] = {}
+        deployed = self._in_force()
+        for rollout in reversed(recent):
+            state = State.from_json(rollout.state)
+            named = deployed.routes.get(rollout.route)
+            if state.status != "promoted" or (named is not None and rollout.spec["stable"] not in named):
+                continue
+            by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0, live=False))
+        for rollout in active:
+            state = State.from_json(rollout.state)
+            if state.status not in ("pending", "warming"):
+                by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
+        return Splits({route: tuple(splits) for route, splits in by_route.items()})
+
+    def _in_force(self) -> Deployed:
+        """What the gateways that were heard lately serve; a pipeline counts when one of them has it."""
+        self._deployed = {
+            name: (at, deployed) for name, (at, deployed) in self._deployed.items() if time.monotonic() - at < 60
+        }
+        pipelines: dict[str, tuple[str, ...]] = {}
+        routes: dict[str, tuple[str, ...]] = {}
+        for _, deployed in self._deployed.values():
+            pipelines |= deployed.pipelines
+            for route, names in deployed.routes.items():
+                routes[route] = tuple(dict.fromkeys([*routes.get(route, ()), *names]))
+        return Deployed(pipelines, routes)
+
+    def _variants(self, rollout: Rollout) -> tuple[str, ...]:
+        known = self._in_force().pipelines.get(rollout.spec["canary"])
+        return known if known is not None else tuple(rollout.state.get("variants", ()))
+
+    # ---- what operators ask
+
+    async def start(self, body: Any, by: str) -> Reply:
+        """Stores a rollout; the lease holder takes it up. The body is a rollout document."""
+        try:
+            document = RolloutDocument.model_validate(body)
+        except ValidationError as error:
+            return Reply(error="invalid_request", message=explain(error, "rollout"))
+        problem = self._cannot_start(document)
+        if problem:
+            return Reply(error="conflict", message=problem)
+        deployed = self._in_force()
+        state = {**State(since=time.time()).to_json(), "variants": list(deployed.pipelines[document.canary])}
+        rollout = Rollout(
+            id=f"{document.route}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}",
+            route=document.route,
+            spec=document.model_dump(mode="json", exclude_none=True),
+            state=state,
+        )
+        begun = Transition("none", "pending", f"started by {by}" if by else "started")
+        return await self._replied(lambda: self.show_stored(self.store.create(rollout, begun)))
+
+    def _cannot_start(self, document: RolloutDocument) -> str:
+        deployed = self._in_force()
+        if not deployed.pipelines:
+            return "no gateway has said yet what it serves: none is up, or its user_config.rollout isn't set"
+        if document.route not in deployed.routes:
+            return f"route is {document.route!r}, which no gateway has; {_known(document.route, deployed.routes)}"
+        for side in ("stable", "canary"):
+            name = getattr(document, side)
+            if name not in deployed.pipelines:
+                return (
+                    f"{side} is {name!r}, which is no pipeline of any gateway; "
+                    f"{_known(name, deployed.pipelines)}. Add it under pipelines in the gateway's user_config, "
+                    "and its variants as applications, then: serve deploy FILE"
+                )
+        splits = (self._splits or Splits()).by_route.get(document.route, ())
+        serving = {*deployed.routes[document.route], *(split.canary for split in splits)}
+        if document.stable not in serving:
+            return (
+                f"stable is {document.stable!r}, which gets no calls of route {document.route!r}; "
+                f"those go to {', '.join(sorted(serving))}"
+            )
+        return ""
+
+    async def act(self, rollout_id: str, action: Action, command_id: str, by: str) -> Reply:
+        """Queues the command and waits until the lease holder has settled it."""
+        order = Command(rollout_id, command_id, action, {"by": by} if by else {})
+
+        def settled() -> Command | None:
+            found = [c for c in self.store.commands(rollout_id) if c.id == command_id]
+            return found[0] if found and found[0].status != "waiting" else None
+
+        def queue() -> dict[str, Any]:
+            # Refused at once where the state says so already; the lease holder has the last word.
+            rollout = self.store.get(rollout_id)
+            command(*_parts(rollout), action, time.time())
+            later = [r.id for r in self.store.active() if r.route == rollout.route and r.id != rollout.id]
+            if action == "undo" and later:
+                raise RefusedError(
+                    f"route {rollout.route!r} has the unfinished rollout {later[0]!r}; abort that first"
+                )
+            self.store.add_command(order)
+            return {}
+
+        queued = await self._replied(queue)
+        if queued.error:
+            return queued
+        give_up_at = time.monotonic() + _COMMAND_LIMIT_S
+        while time.monotonic() < give_up_at:
+            try:
+                done = await asyncio.to_thread(settled)
+            except StoreError as error:
+                return Reply(error="unavailable", message=str(error))
+            if done is not None and done.status == "refused":
+                return Reply(error="conflict", message=done.reason)
+            if done is not None:
+                return await self.show(rollout_id)
+            await asyncio.sleep(0.1)
+        return Reply(
+            error="unavailable",
+            message=f"no controller has taken up {action} within {_COMMAND_LIMIT_S:g} s; it waits in the store",
+        )
+
+    async def show(self, rollout_id: str) -> Reply:
+        return await self._replied(lambda: self.show_stored(self.store.get(rollout_id)))
+
+    async def recent(self, route: str | None) -> Reply:
+        return await self._replied(
+            lambda: {"rollouts": [self._brief(rollout) for rollout in self.store.recent(100, route)]}
+        )
+
+    async def history(self, rollout_id: str) -> Reply:
+        def read() -> dict[str, Any]:
+            self.store.get(rollout_id)
+            return {"id": rollout_id, "history": [asdict(entry) for entry in self.store.history(rollout_id)]}
+
+        return await self._replied(read)
+
+    async def events(self, events: Sequence[Event]) -> Reply:
+        return await self._replied(lambda: asdict(self.store.add_events(events)))
+
+    def show_stored(self, rollout: Rollout) -> dict[str, Any]:
+        """Everything about a rollout: its document, state, figures of the window, verdicts."""
+        document, state = _parts(rollout)
+        canary, stable = _Window(state.window_from).read(self.store, rollout.id, time.time())
+        return {
+            **self._brief(rollout),
+            "document": rollout.spec,
+            "figures": {"canary": _summary(canary), "stable": _summary(stable)},
+            "guards": [asdict(verdict) for verdict in judge(document.guards, canary, stable)],
+            "streaks": state.streaks,
+        }
+
+    def _brief(self, rollout: Rollout) -> dict[str, Any]:
+        document, state = _parts(rollout)
+        return {
+            "id": rollout.id,
+            "route": rollout.route,
+            "stable": document.stable,
+            "canary": document.canary,
+            "status": state.status,
+            "state": describe(document, state),
+            "step": state.step,
+            "steps": len(document.steps),
+            "weight": state.weight,
+            "shadow": document.shadow,
+            "since": state.since,
+            "until": state.until,
+            "created_at": rollout.created_at,
+            "updated_at": rollout.updated_at,
+        }
+
+    async def _replied(self, read: Callable[[], dict[str, Any]]) -> Reply:
+        try:
+            return Reply(await asyncio.to_thread(read))
+        except UnknownRolloutError as error:
+            return Reply(error="not_found", message=str(error))
+        except (RouteBusyError, ConflictError, RefusedError) as error:
+            return Reply(error="conflict", message=str(error))
+        except StoreUnavailable as error:
+            return Reply(error="unavailable", message=str(error))
+
+
+class _Window:
+    """The figures of a rollout since a moment, by side; what no longer changes is added up once."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.seen = 0
+        self._settled = {role: Figures() for role in _ROLES}
+        self._from = int(since) + 1
+
+    def read(self, store: Store, rollout_id: str, now: float) -> tuple[Figures, Figures]:
+        """Canary's and stable's. Buckets that had begun before the window are left out."""
+        settled_before = int(now - _SETTLED_S)
+        totals = dict(self._settled)
+        for report in store.figures(rollout_id, self._from):
+            if report.role not in totals:
+                continue
+            figures = Figures.from_json(report.value)
+            totals[report.role] = totals[report.role].merge(figures)
+            if report.bucket < settled_before:
+                self._settled[report.role] = self._settled[report.role].merge(figures)
+        self._from = max(self._from, settled_before)
+        self.seen = sum(figures.calls + figures.mirror.calls for figures in totals.values())
+        return totals["canary"], totals["stable"]
+
+
+def _clicks(store: Store, rollout_id: str, now: float) -> list[tuple[Clicks, Clicks]]:
+    blocks: dict[int, dict[str, Clicks]] = {}
+    for counts in store.event_counts(rollout_id):
+        if (counts.minute + 1) * 60 + _CLICKS_AFTER_S < now:
+            blocks.setdefault(counts.minute, {})[counts.role] = Clicks(list(counts.by_rank))
+    return [(block.get("canary", Clicks()), block.get("stable", Clicks())) for _, block in sorted(blocks.items())]
+
+
+def _parts(rollout: Rollout) -> tuple[RolloutDocument, State]:
+    return RolloutDocument.model_validate(rollout.spec), State.from_json(rollout.state)
+
+
+def _split(rollout: Rollout, weight: float, live: bool) -> Split:
+    spec = rollout.spec
+    shadow = float(spec.get("shadow", 0)) if live else 0.0
+    return Split(rollout.id, rollout.route, spec["stable"], spec["canary"], weight, shadow, live)
+
+
+def _summary(figures: Figures) -> dict[str, Any]:
+    mirror = figures.mirror
+    return {
+        "calls": figures.calls,
+        "errors": figures.errors,
+        "degraded": figures.degraded,
+        "p50_ms": figures.quantile_ms(0.5),
+        "p95_ms": figures.quantile_ms(0.95),
+        "mirrored": mirror.calls,
+        "mirrored_errors": mirror.errors,
+        "top1_agreement": mirror.top1 / mirror.pairs if mirror.pairs else None,
+        "rbo": mirror.rbo_moments()[1] if mirror.pairs else None,
+        "kendall_tau": mirror.tau_moments()[1] if mirror.tau_pairs else None,
+    }
+
+
+def _known(name: str, allowed: "dict[str, Any]") -> str:
+    listed = f"known: {', '.join(sorted(allowed))}"
+    return " ".join(filter(None, [closest(name, list(allowed)), listed]))
