@@ -89,6 +89,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
+    rollout = commands.add_parser(
+        "rollout", help="move a route's traffic to another pipeline, watched"
+    ).add_subparsers(required=True, metavar="COMMAND", dest="action")
+    rollout_commands = {
+        name: rollout.add_parser(name, help=help)
+        for name, help in (
+            ("start", "start a rollout from a document"),
+            ("list", "the newest rollouts"),
+            ("status", "where a rollout is, its guards and figures"),
+            ("pause", "stay at the weight until resumed"),
+            ("resume", "end a pause, or go on after an inconclusive analysis"),
+            ("promote", "give the canary the whole route now"),
+            ("abort", "give stable everything back"),
+            ("undo", "take a promotion back"),
+            ("history", "all changes of a rollout, with reasons"),
+        )
+    }
+    for name, command in rollout_commands.items():
+        if name == "start":
+            command.add_argument("file", type=Path, help="a rollout document in YAML or JSON")
+        else:
+            command.add_argument("--route", help="only rollouts of this route")
+        if name not in ("start", "list"):
+            newest = "promoted" if name == "undo" else "unfinished"
+            command.add_argument("id", nargs="?", help=f"a rollout (default: the newest {newest} one)")
+        if name == "status":
+            command.add_argument("--watch", action="store_true", help="until it is finished; 0 if it is promoted")
+        command.add_argument("--json", action="store_true", help="the answer as it came")
+        command.set_defaults(run=_rollout)
+
     simulate = commands.add_parser("simulate", help="run a scaling policy on a simulated fleet and traffic")
     simulate.add_argument(
         "--trace",
@@ -110,13 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--provision-s", type=_positive, help="until a new node can start replicas")
     simulate.add_argument("--gpus-per-node", type=int, help="cards of a node")
     simulate.add_argument("--slo-ms", type=_positive, help="latency target (default: 2000, or the deadline)")
-    simulate.add_argument("--search", type=int, default=30, help="settings that are tried for Serve's own policy")
+    simulate.add_argument("--search", type=int, default=24, help="settings that are tried for Serve's own policy")
     simulate.add_argument("--seed", type=int, default=0, help="of the calls that are drawn")
     simulate.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and curves")
     simulate.add_argument("--png", type=Path, metavar="FILE", help="draw them; with several traces, FILE-TRACE")
     simulate.set_defaults(run=_simulate)
 
-    for command in (search, rerank, evaluate):
+    for command in (search, rerank, evaluate, *rollout_commands.values()):
         command.add_argument("--url", default=_URL, help="of the gateway (or SERVE_APP_URL)")
     return parser
 
@@ -254,6 +284,16 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _complain(error, 1)
     print(json.dumps(report.json(), ensure_ascii=False, indent=2) if arguments.json else report.table())
     return 1 if report.failures else 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from serve_app.rollout.client import CommandError
+    from serve_app.rollout.command import run
+
+    try:
+        return run(arguments)
+    except CommandError as error:
+        return _complain(error, error.code)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
 """Policies side by side on traces: drain-time, Serve's own policy as well as its settings allow, and fixed fleets.
 
-Serve's policy is tuned against drain-time: of the settings that cost no more GPU-hours, counted by replicas and by
-nodes, those with the fewest misses, once for each trace and once for all of them. Settings are drawn at random,
-then the best are changed a little. They are chosen on other draws of the calls than those that are reported:
-scaling by queue length swings, and a swing that happens to be up when a sale begins is luck.
+Serve's policy is tuned against drain-time: of the settings that cost no more GPU-hours, those with the fewest
+misses, once for each trace and once for all of them. Settings are drawn at random, then the best are changed a
+little. The choice among the best is made on other draws of the calls than the search and the report: scaling by
+queue length swings, and a swing that happens to be up when a sale begins is luck.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "downscaling_factor": (0.2, 0.5, 1.0),
     "aggregation_function": ("mean", "mean", "max", "min"),
 }
-_FINALISTS = 6
+_FINALISTS = 5
 # More GPU-hours than drain-time's that are let pass as chance.
 _TOLERANCE = 0.03
 # Of a trace up to this length more settings are tried, as many as take the time.
@@ -58,10 +58,6 @@ class Row:
     def missed_share(self) -> float:
         return self.mean("missed_share")
 
-    @property
-    def cost(self) -> "_Cost":
-        return _Cost(self.mean("gpu_hours"), self.mean("node_gpu_hours"))
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -83,7 +79,7 @@ class Bench:
     slo_s: float = 2.0
     seed: int = 0
     objective: float = 0.99
-    search: int = 30
+    search: int = 24
     draws: int = 3
 
     def compare(self, traces: Sequence[Trace], candidates: Sequence[Candidate]) -> list[Comparison]:
@@ -98,13 +94,13 @@ class Bench:
         drain_time = scenario.drain_time()
         with _workers() as pool:
             ours = [self._row(pool, trace, drain_time) for trace in traces]
-            tried = [self._search(pool, trace, row.cost) for trace, row in zip(traces, ours, strict=True)]
-            once = self._tuned_once(pool, traces, tried, [row.cost for row in ours])
+            budgets = [row.mean("gpu_hours") for row in ours]
+            tuned, once = self._tuned(pool, traces, budgets)
             comparisons = []
-            for trace, row, settings in zip(traces, ours, tried, strict=True):
-                candidates = [scenario.stock("Serve, tuned for this trace", settings[0])]
+            for trace, row, settings in zip(traces, ours, tuned, strict=True):
+                candidates = [scenario.stock("Serve, tuned for this trace", _serve_settings(settings))]
                 if len(traces) > 1:
-                    candidates.append(scenario.stock("Serve, tuned once for all", once))
+                    candidates.append(scenario.stock("Serve, tuned once for all", _serve_settings(once)))
                 candidates += [scenario.stock("Serve's defaults", {}), scenario.instant(trace)]
                 candidates += [scenario.fixed(self._cheapest_fixed(pool, trace))]
                 rows = self._comparison(pool, trace, candidates).rows
@@ -139,87 +135,58 @@ class Bench:
             low, high = (low, middle) if meets(middle) else (middle, high)
         return high
 
-    def _search(self, pool: "_Pool", trace: Trace, budget: "_Cost") -> list[dict[str, Any]]:
-        """Settings of Serve's policy, the best within the budget first."""
-        rng = random.Random(self.seed)
-        scores: list[tuple[tuple[float, float], dict[str, Any]]] = []
-        tries = self.search * min(5, max(1, round(_SHORT_TRACE_S / trace.seconds)))
-        while len(scores) < tries:
-            # A half at random; then the best so far with one or two settings changed.
-            batch = []
-            for _ in range(min(10, tries - len(scores))):
-                parents = scores[:3] if len(scores) * 2 >= tries else []
-                batch.append(_changed(rng, rng.choice(parents)[1]) if parents else _drawn(rng))
-            seeds = (self.seed + 1000,)
-            scores += zip(self._scores(pool, trace, batch, budget, seeds, coarse=True), batch, strict=True)
-            scores.sort(key=lambda score: score[0])
-        best = [settings for _, settings in scores[:_FINALISTS]]
-        # Once more on draws that they were not chosen by.
-        coarse = trace.seconds > _LONG_TRACE_S
-        again_on = [self.seed + 1001] if coarse else [self.seed + 1001, self.seed + 1002]
-        again = zip(self._scores(pool, trace, best, budget, again_on, coarse=False), best, strict=True)
-        return [_serve_settings(settings) for _, settings in sorted(again, key=lambda score: score[0])]
-
-    def _tuned_once(
-        self,
-        pool: "_Pool",
-        traces: Sequence[Trace],
-        tried: Sequence[list[dict[str, Any]]],
-        budgets: "Sequence[_Cost]",
-    ) -> dict[str, Any]:
-        """Of what was best for some trace: the fewest misses over all, at drain-time's GPU-hours on average."""
-        candidates = [settings for best in tried for settings in best]
-        if len(traces) < 2:
-            return candidates[0]
-        missed, costs = [0.0] * len(candidates), [_Cost(0, 0)] * len(candidates)
+    def _tuned(
+        self, pool: "_Pool", traces: Sequence[Trace], budgets: Sequence[float]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Settings of Serve's policy: the best for each trace, and the best for all of them together, where a
+        setting may cost more on one trace and less on another."""
+        finalists: list[dict[str, Any]] = []
         for trace, budget in zip(traces, budgets, strict=True):
-            for i, (share, cost) in enumerate(self._outcomes(pool, trace, candidates, (self.seed + 1003,), True)):
-                missed[i] += share
-                costs[i] += _Cost(cost.replicas / budget.replicas, cost.nodes / budget.nodes) / len(traces)
-        return min(zip(candidates, missed, costs, strict=True), key=lambda c: _score(c[1], c[2], _Cost(1, 1)))[0]
+            finalists += [settings for settings in self._search(pool, trace, budget) if settings not in finalists]
+        # By trace and finalist: missed share, GPU-hours as a part of drain-time's.
+        outcomes = [
+            self._outcomes(pool, trace, finalists, budget, (self.seed + 1001, self.seed + 1002))
+            for trace, budget in zip(traces, budgets, strict=True)
+        ]
+        tuned = [min(zip(row, finalists, strict=True), key=lambda o: _score(*o[0]))[1] for row in outcomes]
+        means = [
+            (fmean(missed for missed, _ in column), fmean(cost for _, cost in column))
+            for column in zip(*outcomes, strict=True)
+        ]
+        return tuned, min(zip(means, finalists, strict=True), key=lambda o: _score(*o[0]))[1]
 
-    def _scores(
-        self,
-        pool: "_Pool",
-        trace: Trace,
-        batch: Sequence[dict[str, Any]],
-        budget: "_Cost",
-        seeds: Sequence[int],
-        coarse: bool,
-    ) -> list[tuple[float, float]]:
-        outcomes = self._outcomes(pool, trace, [_serve_settings(s) for s in batch], seeds, coarse)
-        return [_score(missed, cost, budget) for missed, cost in outcomes]
+    def _search(self, pool: "_Pool", trace: Trace, budget: float) -> list[dict[str, Any]]:
+        """The settings that did best on a trace."""
+        rng = random.Random(self.seed)
+        found: list[tuple[tuple[float, float], dict[str, Any]]] = []
+        tries = self.search * min(5, max(1, round(_SHORT_TRACE_S / trace.seconds)))
+        while len(found) < tries:
+            # A half at random; then the best so far with one or two settings changed.
+            parents = found[:3] if len(found) * 2 >= tries else []
+            batch = [
+                _changed(rng, rng.choice(parents)[1]) if parents else _drawn(rng)
+                for _ in range(min(10, tries - len(found)))
+            ]
+            found += zip(self._outcomes(pool, trace, batch, budget, (self.seed + 1000,)), batch, strict=True)
+            found.sort(key=lambda outcome: _score(*outcome[0]))
+        return [settings for _, settings in found[:_FINALISTS]]
 
     def _outcomes(
-        self, pool: "_Pool", trace: Trace, batch: Sequence[dict[str, Any]], seeds: Sequence[int], coarse: bool
-    ) -> "list[tuple[float, _Cost]]":
-        """Missed share and cost of each."""
-        coarse = coarse and trace.seconds > _LONG_TRACE_S
+        self, pool: "_Pool", trace: Trace, batch: Sequence[dict[str, Any]], budget: float, seeds: Sequence[int]
+    ) -> list[tuple[float, float]]:
+        """Missed share and GPU-hours as a part of `budget`, of each."""
+        coarse = trace.seconds > _LONG_TRACE_S
+        seeds = seeds[:1] if coarse else seeds
         jobs = [
-            _Job(trace, self.scenario.variant, self.scenario.stock("", settings), self.slo_s, seed, coarse)
-            for settings in batch
+            _Job(
+                trace, self.scenario.variant, self.scenario.stock("", _serve_settings(s)), self.slo_s, seed, coarse
+            )
+            for s in batch
             for seed in seeds
         ]
         results = list(pool.map(_run_small, jobs))
         by = [results[i : i + len(seeds)] for i in range(0, len(results), len(seeds))]
-        return [
-            (fmean(share for share, _ in part), sum((cost for _, cost in part), _Cost(0, 0)) / len(part))
-            for part in by
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """GPU-hours by replicas' shares, and by the nodes that are up for them."""
-
-    replicas: float
-    nodes: float
-
-    def __add__(self, other: "_Cost") -> "_Cost":
-        return _Cost(self.replicas + other.replicas, self.nodes + other.nodes)
-
-    def __truediv__(self, count: int) -> "_Cost":
-        return _Cost(self.replicas / count, self.nodes / count)
+        return [(fmean(share for share, _ in part), fmean(hours for _, hours in part) / budget) for part in by]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,15 +217,14 @@ def _run(job: _Job) -> Result:
     )
 
 
-def _run_small(job: _Job) -> tuple[float, _Cost]:
+def _run_small(job: _Job) -> tuple[float, float]:
     result = _run(job)
-    return result.missed_share, _Cost(result.gpu_hours, result.node_gpu_hours)
+    return result.missed_share, result.gpu_hours
 
 
-def _score(missed: float, cost: _Cost, budget: _Cost) -> tuple[float, float]:
-    """Smaller is better: what is within the budget before what isn't."""
-    over = max(cost.replicas / budget.replicas, cost.nodes / budget.nodes) - 1
-    return (over if over > _TOLERANCE else 0.0), missed
+def _score(missed: float, cost: float) -> tuple[float, float]:
+    """Smaller is better: what is within the budget (1) before what isn't."""
+    return (cost if cost > 1 + _TOLERANCE else 0.0), missed
 
 
 def _drawn(rng: random.Random) -> dict[str, Any]:

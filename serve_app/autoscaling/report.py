@@ -12,6 +12,8 @@ from serve_app.autoscaling.traces import Floats
 
 # Points of a curve in JSON and in pictures.
 _MOST_POINTS = 600
+# Shares of misses below this are not compared.
+_LEAST_SHARE = 1e-3
 _HEAD = (
     "policy",
     "SLO met",
@@ -106,13 +108,13 @@ def _remarks(comparison: Comparison) -> list[str]:
         settings = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                              for name, value in row.settings.items())  # fmt: skip
         remarks.append(f"  {row.name}: {settings}")
-        if ours is not None and row.missed_share > 0:
+        if ours is not None and row.missed_share > _LEAST_SHARE:
             remarks.append(
                 f"  drain-time misses {ours.missed_share / row.missed_share:.2f} times as much as that, "
-                f"at {ours.cost.replicas / row.cost.replicas:.2f} times the GPU-hours "
-                f"({ours.cost.nodes / row.cost.nodes:.2f} times the nodes')"
+                f"at {ours.mean('gpu_hours') / row.mean('gpu_hours'):.2f} times the GPU-hours "
+                f"({ours.mean('node_gpu_hours') / row.mean('node_gpu_hours'):.2f} times the nodes')"
             )
-    if ours is not None and instant is not None and ours.missed_share > 0:
+    if ours is not None and instant is not None and ours.missed_share > _LEAST_SHARE:
         remarks.append(
             f"  instant reaction misses {instant.missed_share / ours.missed_share:.0%} of what drain-time misses, "
             f"at {instant.mean('gpu_hours') / ours.mean('gpu_hours'):.2f} times the GPU-hours"

@@ -75,8 +75,8 @@ def constant(seconds: float = 1800.0) -> Trace:
 
 
 def diurnal(seconds: float = 86_400.0) -> Trace:
-    """A day from midnight: a tenth of the evening's peak at five in the morning. Documents are asked for in office
-    hours, titles in the evening; the load wanders by some 5 % on top."""
+    """A day from midnight: a tenth of the afternoon's tokens at five in the morning. Documents are asked for in
+    office hours, titles in the evening; the load wanders by some 5 % on top."""
 
     def rates(t: Floats, rng: np.random.Generator) -> Floats:
         hour = t / seconds * 24
