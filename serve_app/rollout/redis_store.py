@@ -70,7 +70,7 @@ class RedisStore:
         self.url = f"redis://{'***@' if password else ''}{place}:{port}/{db}"
         self.limits = limits
         self._durability_checked = False
-        # RESP 2: with 3 this client does not look any more whether a connection is closed before it uses it.
+        # RESP 2, because servers before 6 speak nothing else.
         # No retries: a write must not be sent again by anybody who doesn't know what it means.
         self._redis = redis.Redis(
             host,

@@ -403,6 +403,7 @@ def test_figures_count_once_however_often_they_are_sent(store: Store) -> None:
     assert store.add_figures(sent) == len(sent) - 5
     assert store.add_figures(iter(sent)) == 0
     assert store.add_figures([]) == 0
+    assert store.add_figures([replace(sent[0], value={"calls": 99})]) == 0
     assert store.figures("r1") == sorted(sent, key=lambda r: (r.bucket, r.source, r.seq, r.role))
     assert store.figures("r1", since_bucket=now) == [r for r in sent if r.bucket == now]
     assert store.add_figures([replace(sent[0], rollout_id="nobody")]) == 0
@@ -821,6 +822,14 @@ def test_redis_killed_and_started_again_has_what_it_acknowledged(own_redis: Redi
     store.renew(lease)
     assert store.acquire("other", 1) is None
     store.commit(*step(store.get("r1"), "promoted"), lease)
+
+
+def test_redis_restarted_while_nobody_asked_is_not_noticed(own_redis: RedisServer, opened: Opener) -> None:
+    store = opened(f"redis://:s3cret%2F%40@127.0.0.1:{own_redis.port}")
+    there = store.create(rollout(), START)
+    own_redis.kill()
+    own_redis.start()
+    assert store.get("r1") == there
 
 
 def repr_lease(lease: Lease) -> str:
