@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from serve_app.config import closest, explain
 from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Clicks, Figures
-from serve_app.rollout.guards import Verdict, judge
+from serve_app.rollout.guards import METRICS, Verdict, judge
 from serve_app.rollout.machine import Action, Change, Facts, RefusedError, State, advance, command, describe
 from serve_app.rollout.messages import Deployed, News, Reply, Splits
-from serve_app.rollout.split import Split
+from serve_app.rollout.split import Split, place
 from serve_app.rollout.store import (
     Command,
     ConflictError,
@@ -49,6 +49,7 @@ _SETTLED_S = 30.0
 # Clicks come after their search; a minute's are taken for complete this long after it.
 _CLICKS_AFTER_S = 120.0
 _COMMAND_LIMIT_S = 10.0
+_NOT_READY_LIMIT_S = 3.0
 _ROLES = ("canary", "stable")
 
 # Variants of those given that have no running replica.
@@ -63,11 +64,11 @@ class Controller:
         self.holder = holder or f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self._not_ready = not_ready
         self._lease: Lease | None = None
-        self._figures: dict[str, _Window] = {}
-        self._verdicts: dict[str, tuple[float, list[Verdict]]] = {}
+        self._windows: dict[str, _Window] = {}
         self._deployed: dict[str, tuple[float, Deployed]] = {}
         self._splits: Splits | None = None
         self._failing = ""
+        self._stuck: dict[str, str] = {}
 
     # ---- the loop
 
@@ -79,10 +80,11 @@ class Controller:
                 self._failing = ""
             except StaleLeaseError:
                 self._lease = None
+                self._windows.clear()
                 logger.warning("rollouts: another controller has taken over")
-            except ConflictError as error:
-                logger.warning("rollouts: %s; read again", error)
             except StoreError as error:
+                # Gateways send what they counted meanwhile, so that windows are added up anew.
+                self._windows.clear()
                 if str(error) != self._failing:
                     logger.error("rollouts stand still: %s", error)
                 self._failing = str(error)
@@ -99,10 +101,25 @@ class Controller:
         lease = await self._held()
         if lease is not None:
             for waiting in await asyncio.to_thread(self.store.waiting_commands):
-                await self._apply(waiting, lease)
+                await self._alone(waiting.rollout_id, self._apply(waiting, lease))
             for rollout in await asyncio.to_thread(self.store.active):
-                await self._look(rollout, lease)
-        self._splits = await self._read_splits()
+                await self._alone(rollout.id, self._look(rollout, lease))
+        self._splits, over = await self._read_splits()
+        if lease is not None:
+            for rollout in over:
+                await self._alone(rollout.id, self._retire(rollout, lease))
+
+    async def _alone(self, rollout_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """What is wrong with one rollout holds up no other."""
+        try:
+            await work
+            self._stuck.pop(rollout_id, None)
+        except (StaleLeaseError, StoreUnavailable):
+            raise
+        except Exception as error:
+            if self._stuck.get(rollout_id) != repr(error):
+                logger.exception("rollout %s stands still", rollout_id)
+            self._stuck[rollout_id] = repr(error)
 
     async def _held(self) -> Lease | None:
         if self._lease is not None:
@@ -116,15 +133,16 @@ class Controller:
     async def _look(self, rollout: Rollout, lease: Lease) -> None:
         document, state = _parts(rollout)
         now = time.time()
-        not_ready: list[str] = []
-        verdicts: list[Verdict] = []
+        facts = Facts(now)
         if state.status == "warming":
-            not_ready = await self._not_ready(self._variants(rollout))
+            async with asyncio.timeout(_NOT_READY_LIMIT_S):
+                facts = Facts(now, not_ready=await self._not_ready(self._variants(rollout)))
         elif state.status != "pending":
-            verdicts = await self._look_at_figures(rollout, document, state, now)
-        change = advance(document, state, Facts(now, not_ready, verdicts))
+            window = await self._looked(rollout, document, state, now)
+            facts = Facts(now, verdicts=window.verdicts, seen=window.seen)
+        change = advance(document, state, facts)
         if change is not None:
-            await self._commit(rollout, document, state, change, verdicts, lease)
+            await self._commit(rollout, document, state, change, facts.verdicts, lease)
 
     async def _apply(self, waiting: Command, lease: Lease) -> None:
         rollout = await asyncio.to_thread(self.store.get, waiting.rollout_id)
@@ -132,12 +150,38 @@ class Controller:
         action: Action = waiting.action  # type: ignore[assignment]
         try:
             change = command(document, state, action, time.time())
+            await asyncio.to_thread(self._check_undo, rollout, action)
         except RefusedError as error:
             await asyncio.to_thread(self.store.refuse_command, waiting, str(error), lease)
             return
         if by := str(waiting.body.get("by") or ""):
             change = replace(change, reason=f"{change.reason} ({by})")
         await self._commit(rollout, document, state, change, self._seen(rollout.id), lease, waiting.id)
+
+    def _check_undo(self, rollout: Rollout, action: Action) -> None:
+        """Raises RefusedError where a promoted rollout can't be undone any more."""
+        if action != "undo":
+            return
+        later = [active.id for active in self.store.active() if active.route == rollout.route]
+        if later:
+            raise RefusedError(
+                f"route {rollout.route!r} has the unfinished rollout {later[0]!r}; abort that first"
+            )
+        if rollout.state.get("retired"):
+            raise RefusedError(
+                f"the weights of route {rollout.route!r} have taken over from the rollout; "
+                "change those, then: serve deploy FILE"
+            )
+
+    async def _retire(self, rollout: Rollout, lease: Lease) -> None:
+        """A promoted rollout whose stable the route's own weights no longer name is over for good: should they
+        name it again, that is what an operator wants."""
+        _, state = _parts(rollout)
+        reason = f"route {rollout.route!r} sends no calls to {rollout.spec['stable']!r} any more"
+        logger.info(f"rollout {rollout.id} is done: {reason}")
+        changed = replace(rollout, state={**rollout.state, "retired": True})
+        entry = Transition(state.status, "promoted, and the route's own weights have taken over", reason)
+        await asyncio.to_thread(self.store.commit, changed, entry, lease, None)
 
     async def _commit(
         self,
@@ -158,31 +202,28 @@ class Controller:
             logger.info(f"rollout {rollout.id} on {rollout.route}: {old} → {new}: {change.reason}")
         changed = replace(rollout, state={**rollout.state, **after.to_json()}, finished=after.finished)
         await asyncio.to_thread(self.store.commit, changed, transition, lease, command_id)
+        if after.finished:
+            self._windows.pop(rollout.id, None)
 
     # ---- figures
 
-    async def _look_at_figures(
-        self, rollout: Rollout, document: RolloutDocument, state: State, now: float
-    ) -> list[Verdict]:
-        """New verdicts, or none before it is time to look again."""
-        looked_at, _ = self._verdicts.get(rollout.id, (0.0, []))
-        if now - looked_at < _LOOK_S:
-            return []
-        window = self._figures.get(rollout.id)
+    async def _looked(self, rollout: Rollout, document: RolloutDocument, state: State, now: float) -> "_Window":
+        """The rollout's window, with new verdicts where it is time for them."""
+        window = self._windows.get(rollout.id)
         if window is None or window.since != state.window_from:
-            window = self._figures[rollout.id] = _Window(state.window_from)
-        before = window.seen
-        canary, stable = await asyncio.to_thread(window.read, self.store, rollout.id, now)
-        clicks: list[tuple[Clicks, Clicks]] = []
-        if any(metric in document.guards for metric in ("ctr_at_1", "click_mrr")):
-            clicks = await asyncio.to_thread(_clicks, self.store, rollout.id, now)
-        verdicts = judge(document.guards, canary, stable, clicks)
-        self._verdicts[rollout.id] = (now, verdicts)
-        # Looking twice at the same figures would count a failure twice.
-        return verdicts if window.seen != before else []
+            window = self._windows[rollout.id] = _Window(state.window_from, now)
+        if time.monotonic() - window.looked_at >= _LOOK_S:
+            canary, stable = await asyncio.to_thread(window.read, self.store, rollout.id, now)
+            clicks = await asyncio.to_thread(_clicks, self.store, rollout.id, document, now)
+            window.verdicts = judge(document.guards, canary, stable, clicks)
+            window.seen = sum(figures.calls + figures.mirror.calls for figures in (canary, stable))
+            window.seen += sum(side.queries for block in clicks for side in block)
+            window.looked_at = time.monotonic()
+        return window
 
     def _seen(self, rollout_id: str) -> list[Verdict]:
-        return self._verdicts.get(rollout_id, (0.0, []))[1]
+        window = self._windows.get(rollout_id)
+        return window.verdicts if window else []
 
     # ---- what gateways ask
 
@@ -195,25 +236,32 @@ class Controller:
         if news.reports:
             await asyncio.to_thread(self.store.add_figures, news.reports)
         if self._splits is None:
-            self._splits = await self._read_splits()
+            self._splits, _ = await self._read_splits()
         return self._splits
 
-    async def _read_splits(self) -> Splits:
+    async def _read_splits(self) -> tuple[Splits, list[Rollout]]:
+        """What is in force, and promoted rollouts that no calls reach any more."""
         active = await asyncio.to_thread(self.store.active)
         recent = await asyncio.to_thread(self.store.recent, 1000)
         by_route: dict[str, list[Split]] = {}
-        deployed = self._in_force()
+        over: list[Rollout] = []
+        # Calls come to a promoted rollout's stable by the route's own weights, or from one promoted before it.
+        reached = {route: set(names) for route, names in self._in_force().routes.items()}
         for rollout in reversed(recent):
-            state = State.from_json(rollout.state)
-            named = deployed.routes.get(rollout.route)
-            if state.status != "promoted" or (named is not None and rollout.spec["stable"] not in named):
+            if rollout.state.get("status") != "promoted" or rollout.state.get("retired"):
                 continue
+            names = reached.get(rollout.route)
+            if names is not None:
+                if rollout.spec["stable"] not in names:
+                    over.append(rollout)
+                    continue
+                names.add(rollout.spec["canary"])
             by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0, live=False))
         for rollout in active:
             state = State.from_json(rollout.state)
             if state.status not in ("pending", "warming"):
                 by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
-        return Splits({route: tuple(splits) for route, splits in by_route.items()})
+        return Splits({route: tuple(splits) for route, splits in by_route.items()}), over
 
     def _in_force(self) -> Deployed:
         """What the gateways that were heard lately serve; a pipeline counts when one of them has it."""
@@ -269,7 +317,8 @@ class Controller:
                     "and its variants as applications, then: serve deploy FILE"
                 )
         splits = (self._splits or Splits()).by_route.get(document.route, ())
-        serving = {*deployed.routes[document.route], *(split.canary for split in splits)}
+        promoted = [split for split in splits if not split.live]
+        serving = {place(promoted, name, None)[0] for name in deployed.routes[document.route]}
         if document.stable not in serving:
             return (
                 f"stable is {document.stable!r}, which gets no calls of route {document.route!r}; "
@@ -289,11 +338,7 @@ class Controller:
             # Refused at once where the state says so already; the lease holder has the last word.
             rollout = self.store.get(rollout_id)
             command(*_parts(rollout), action, time.time())
-            later = [r.id for r in self.store.active() if r.route == rollout.route and r.id != rollout.id]
-            if action == "undo" and later:
-                raise RefusedError(
-                    f"route {rollout.route!r} has the unfinished rollout {later[0]!r}; abort that first"
-                )
+            self._check_undo(rollout, action)
             self.store.add_command(order)
             return {}
 
@@ -337,12 +382,14 @@ class Controller:
     def show_stored(self, rollout: Rollout) -> dict[str, Any]:
         """Everything about a rollout: its document, state, figures of the window, verdicts."""
         document, state = _parts(rollout)
-        canary, stable = _Window(state.window_from).read(self.store, rollout.id, time.time())
+        now = time.time()
+        canary, stable = _Window(state.window_from, now).read(self.store, rollout.id, now)
+        clicks = _clicks(self.store, rollout.id, document, now)
         return {
             **self._brief(rollout),
             "document": rollout.spec,
             "figures": {"canary": _summary(canary), "stable": _summary(stable)},
-            "guards": [asdict(verdict) for verdict in judge(document.guards, canary, stable)],
+            "guards": [asdict(verdict) for verdict in judge(document.guards, canary, stable, clicks)],
             "streaks": state.streaks,
         }
 
@@ -379,15 +426,20 @@ class Controller:
 class _Window:
     """The figures of a rollout since a moment, by side; what no longer changes is added up once."""
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, since: float, now: float) -> None:
         self.since = since
+        self.verdicts: list[Verdict] = []
+        # Samples behind the verdicts.
         self.seen = 0
+        self.looked_at = float("-inf")
+        self._opened = now
         self._settled = {role: Figures() for role in _ROLES}
         self._from = int(since) + 1
 
     def read(self, store: Store, rollout_id: str, now: float) -> tuple[Figures, Figures]:
         """Canary's and stable's. Buckets that had begun before the window are left out."""
-        settled_before = int(now - _SETTLED_S)
+        # After the store was away, gateways still send older reports for a while.
+        settled_before = int(now - _SETTLED_S) if now - self._opened > _SETTLED_S else 0
         totals = dict(self._settled)
         for report in store.figures(rollout_id, self._from):
             if report.role not in totals:
@@ -397,11 +449,13 @@ class _Window:
             if report.bucket < settled_before:
                 self._settled[report.role] = self._settled[report.role].merge(figures)
         self._from = max(self._from, settled_before)
-        self.seen = sum(figures.calls + figures.mirror.calls for figures in totals.values())
         return totals["canary"], totals["stable"]
 
 
-def _clicks(store: Store, rollout_id: str, now: float) -> list[tuple[Clicks, Clicks]]:
+def _clicks(store: Store, rollout_id: str, document: RolloutDocument, now: float) -> list[tuple[Clicks, Clicks]]:
+    """Of the whole rollout by minute, canary's and stable's; none where no guard judges them."""
+    if not any(METRICS[metric].source == "clicks" for metric in document.guards):
+        return []
     blocks: dict[int, dict[str, Clicks]] = {}
     for counts in store.event_counts(rollout_id):
         if (counts.minute + 1) * 60 + _CLICKS_AFTER_S < now:

@@ -65,8 +65,9 @@ class State:
     again: bool = False
     # Guards have no say: an operator was asked to decide after they failed.
     unguarded: bool = False
-    # Failures in a row by metric.
+    # Failures in a row by metric, and of the window, how many samples they were last counted over.
     streaks: dict[str, int] = field(default_factory=dict)
+    judged: int = 0
 
     @property
     def finished(self) -> bool:
@@ -85,12 +86,13 @@ _FIELDS = tuple(f.name for f in fields(State))
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`not_ready`: variants of the canary without a running replica. `verdicts`: of the window so far; empty when
-    nothing new has been counted since the last look."""
+    """`not_ready`: variants of the canary without a running replica. `verdicts`: the last ones of the window, over
+    `seen` samples; a failure counts once for the same number, however often and by whomever they are given."""
 
     now: float
     not_ready: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
             waiting = ", ".join(facts.not_ready)
             return Change(_end(state, "rolled_back", now), f"no replica of {waiting} within {WARMING_LIMIT_S:g} s")
         return None
-    counted = replace(state, streaks=streaks(state.streaks, facts.verdicts)) if facts.verdicts else state
+    in_a_row = streaks(state.streaks, facts.verdicts) if facts.seen != state.judged else state.streaks
+    counted = replace(state, streaks=in_a_row, judged=facts.seen) if in_a_row != state.streaks else state
     failed = [] if state.unguarded else breached(document.guards, counted.streaks)
     if failed:
         reason = "; ".join(v.text for v in facts.verdicts if v.metric in failed and v.outcome == "fail")
@@ -163,10 +166,12 @@ def command(document: RolloutDocument, state: State, action: Action, now: float)
         paused = replace(state, status="paused", since=now, until=None, again=True)
         return Change(paused, "paused by an operator")
     if state.step >= len(document.steps):
-        raise RefusedError("all steps are done, so there is nothing to resume; allowed: promote, abort")
+        raise RefusedError(
+            f"the rollout is {describe(document, state)} and all steps are done; allowed: promote, abort"
+        )
     change = _enter(document, state, state.step + (0 if state.again else 1), now, "resumed by an operator")
     # The operator has seen what failed; from here on it counts anew.
-    return replace(change, state=replace(change.state, unguarded=False, streaks={}, window_from=now))
+    return replace(change, state=replace(change.state, unguarded=False, streaks={}, judged=0, window_from=now))
 
 
 def describe(document: RolloutDocument, state: State) -> str:
@@ -189,7 +194,7 @@ def _enter(document: RolloutDocument, state: State, index: int, now: float, reas
     entered = replace(state, status="step", step=index, since=now, until=None, again=False)
     if step.set_weight is not None:
         if step.set_weight != state.weight:
-            entered = replace(entered, weight=step.set_weight, window_from=now, streaks={})
+            entered = replace(entered, weight=step.set_weight, window_from=now, streaks={}, judged=0)
     elif step.pause is not None:
         duration_s = step.pause.duration_s
         entered = replace(entered, status="paused", until=None if duration_s is None else now + duration_s)

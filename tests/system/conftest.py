@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
@@ -142,9 +142,6 @@ def catalog_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def system(model_dir: Callable[[str], Path], catalog_index: Path) -> Iterator[System]:
-    import ray
-    from ray import serve
-
     qwen = {"model": str(model_dir("qwen")), "kind": "qwen3-reranker"}
     config = {
         "proxy_location": "HeadOnly",
@@ -178,6 +175,19 @@ def system(model_dir: Callable[[str], Path], catalog_index: Path) -> Iterator[Sy
             reranker("minilm", {**MINILM, "engine": {"dtype": "float32"}}),
         ],
     }
+    with serving(System(config)) as running:
+        yield running
+
+
+S = TypeVar("S", bound=System)
+
+
+@contextlib.contextmanager
+def serving(system: S) -> Iterator[S]:
+    """Ray and Serve of this process's own, with the system's config running; no process of theirs stays behind."""
+    import ray
+    from ray import serve
+
     ray.init(
         address="local",
         namespace="serve",
@@ -188,11 +198,10 @@ def system(model_dir: Callable[[str], Path], catalog_index: Path) -> Iterator[Sy
     )
     before = set(psutil.Process().children(recursive=True))
     try:
-        serve.start(proxy_location="HeadOnly", http_options=config["http_options"])
-        running = System(config)
-        running.deploy(config)
-        running.wait_running()
-        yield running
+        serve.start(proxy_location="HeadOnly", http_options=system.config["http_options"])
+        system.deploy(system.config)
+        system.wait_running()
+        yield system
     finally:
         children = before | set(psutil.Process().children(recursive=True))
         serve.shutdown()

@@ -1,0 +1,95 @@
+"""An operator's side of `/v1/rollouts`, over HTTP."""
+
+import getpass
+import os
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+ADMIN_KEY = "SERVE_APP_ADMIN_KEY"
+# Longer than the gateway waits for a controller.
+_TIMEOUT_S = 20.0
+# Answers of the gateway's own that asking again does not change.
+_FINAL = ("unauthorized", "forbidden", "not_found", "conflict", "invalid_request", "limit_exceeded")
+
+Body = dict[str, Any]
+
+
+class CommandError(Exception):
+    """Why a command could not be done, and what to do. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class AwayError(CommandError):
+    """Nobody could answer, which may pass."""
+
+
+class Control:
+    """`/v1/rollouts` of the gateway at `url`. Every method raises CommandError."""
+
+    def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
+        key = os.environ.get(ADMIN_KEY, "").strip()
+        if not key:
+            raise CommandError(
+                f"{ADMIN_KEY} is not set; rollouts need the admin key that the gateway was started with"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise CommandError(f"{ADMIN_KEY} has characters other than printable ASCII, which no header carries")
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}", "X-Operator": _login()}
+        self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_S, transport=transport)
+
+    def start(self, document: Body) -> Body:
+        return self._ask("POST", "", document)
+
+    def recent(self, route: str | None = None) -> list[Body]:
+        """The newest first."""
+        rollouts: list[Body] = self._ask("GET", "", params={"route": route} if route else None)["rollouts"]
+        return rollouts
+
+    def show(self, rollout: str) -> Body:
+        return self._ask("GET", f"/{_quoted(rollout)}")
+
+    def history(self, rollout: str) -> list[Body]:
+        """The oldest first."""
+        entries: list[Body] = self._ask("GET", f"/{_quoted(rollout)}/history")["history"]
+        return entries
+
+    def act(self, rollout: str, action: str) -> Body:
+        return self._ask("POST", f"/{_quoted(rollout)}/{action}")
+
+    def _ask(self, method: str, path: str, body: Body | None = None, params: dict[str, str] | None = None) -> Body:
+        try:
+            response = self._http.request(method, f"{self.url}/v1/rollouts{path}", json=body, params=params)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise AwayError(f"no answer from {self.url}: {error}; is it up? (serve-app up CONFIG)") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            what = f"{self.url}/v1/rollouts{path} answered {response.status_code}"
+            raise AwayError(f"{what} with something that is no JSON object; is a gateway of ours there?")
+        if response.is_error:
+            fault = answer.get("error")
+            final = isinstance(fault, dict) and fault.get("code") in _FINAL
+            message = f"{response.status_code}: {answer.get('message', answer)}"
+            if response.status_code == 401:
+                message += f"; {ADMIN_KEY} is not the key that the gateway was started with"
+            raise (CommandError if final else AwayError)(message)
+        return answer
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser().encode("ascii", "replace").decode()
+    except (OSError, KeyError):
+        return ""
+
+
+def _quoted(rollout: str) -> str:
+    return quote(rollout, safe="")
