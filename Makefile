@@ -49,6 +49,7 @@ test-unit: setup-dev
 test: lint test-unit
 	$(BIN)/pytest -q tests/commands
 	$(BIN)/pytest -q tests/system
+	$(BIN)/pytest -q tests/rollout
 	$(BIN)/pytest -q tests/cluster
 
 # Eleven minutes of constant load, too long for every run.

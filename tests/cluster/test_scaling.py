@@ -198,6 +198,9 @@ def test_ten_minutes_at_sixty_per_cent_cause_at_most_one_action(cluster: Cluster
     wait_for(lambda: cluster.running("minilm") == 1, 300, what="the first replica")
     cluster.wait_gateway()
     many = many_of(cluster, 0.12)
+    wait_for(
+        lambda: len(cluster.replicas("minilm")) == 1, 300, what="one replica, after what was measured is over"
+    )
     rng, load, seen = random.Random(3), OpenLoad(str(cluster.client.base_url)), [1]
     started = time.monotonic()
 
