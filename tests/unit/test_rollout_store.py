@@ -1,13 +1,10 @@
 """One suite for both rollout stores. Redis is a real server that the tests start; its half is skipped where none
 is installed (`scripts/install-redis.sh` does it)."""
 
-import ctypes
 import logging
 import pickle
 import random
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -45,64 +42,12 @@ from serve_app.rollout.store import (
     open_store,
     without_password,
 )
+from tests.unit.redis_server import RedisServer, needs_redis
 
 # Two seconds, and what a busy machine adds.
 SOON_S = 4
 START = Transition("", "pending", "asked for by ann")
 Opener = Callable[..., Store]
-
-
-class RedisServer:
-    """A server of the test's own, with its files in `folder`."""
-
-    def __init__(self, folder: Path, *settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.settings = [
-            "--port",
-            str(self.port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(folder),
-            "--save",
-            "",
-            *settings,
-        ]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            ["redis-server", *self.settings], stdout=subprocess.DEVNULL, preexec_fn=die_with_the_tests
-        )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-                    connection.sendall(b"PING\r\n")
-                    # Or that it wants a password.
-                    if connection.recv(100).startswith((b"+PONG", b"-NOAUTH")):
-                        return
-            except OSError:
-                pass
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline, "redis-server did not start"
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def die_with_the_tests() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def needs_redis() -> None:
-    if not shutil.which("redis-server"):
-        pytest.skip("redis-server is not installed (scripts/install-redis.sh)")
 
 
 @pytest.fixture(scope="module")
