@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app import __version__
 from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 from serve_app.reranker.engine import Engine, cpu_has_bf16, device, prepare_environment
@@ -18,7 +19,7 @@ from serve_app.reranker.engine_args import check_engine_args, engine_settings
 from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
 from serve_app.reranker.memory import CONTEXT_BYTES
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
-from serve_app.reranker.model import Model, resolve
+from serve_app.reranker.model import Model, resolve, scoring_fingerprint
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
 from serve_app.reranker.scores import cosines, sigmoids
 from serve_app.reranker.share import check_head_rows, find_shape, hub_config, judge
@@ -69,6 +70,9 @@ class Reranker:
         self._engine = await asyncio.to_thread(_start, args, self._model, gpus, self._cards, self._name)
         self._max_model_len = self._model.longest(self._engine.max_model_len)
         self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
+        self._fingerprint = scoring_fingerprint(
+            args, self._model, self._engine.dtype, self._max_model_len, _software()
+        )
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
         # The first batch is slower than any later one.
@@ -105,6 +109,7 @@ class Reranker:
             truncated=built.truncated,
             revision=self._model.revision,
             took_ms=(time.monotonic() - start) * 1000,
+            fingerprint=self._fingerprint,
         )
 
     async def info(self) -> dict[str, Any]:
@@ -112,6 +117,7 @@ class Reranker:
         return {
             "kind": self._kind,
             "revision": self._model.revision,
+            "fingerprint": self._fingerprint,
             "dtype": self._engine.dtype,
             "max_model_len": self._max_model_len,
             "unfinished": self._engine.unfinished(),
@@ -166,6 +172,12 @@ def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], nam
     with turn(cards, name):
         wait_for_memory(cards, int(settings["gpu_memory_utilization"] * card_bytes) + CONTEXT_BYTES)
         return Engine(settings, task)
+
+
+def _software() -> str:
+    import vllm
+
+    return f"serve-app {__version__}, vllm {vllm.__version__}"
 
 
 def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> YesNoPrompts | PairPrompts | TextPrompts:

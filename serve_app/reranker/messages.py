@@ -26,7 +26,9 @@ class ScoreResult:
     """`scores[i]` belongs to `documents[i]`: P(yes) or a sigmoid in [0, 1], a cosine in [-1, 1] for
     bi-encoders. `logits` are the same before the sigmoid (yes minus no for causal rerankers; the cosine
     itself for bi-encoders). `tokens` counts prompt tokens, `cached_tokens` those found in the prefix cache,
-    `truncated` the documents that lost tokens."""
+    `truncated` the documents that lost tokens. `revision` names the weights, `fingerprint` all that decides a
+    score in the replica (empty: it doesn't say). `cache_hits` of the pairs weren't computed for this result: the
+    gateway had them."""
 
     scores: list[float]
     logits: list[float]
@@ -35,6 +37,8 @@ class ScoreResult:
     truncated: int
     revision: str
     took_ms: float
+    fingerprint: str = ""
+    cache_hits: int = 0
 
 
 class PromptTooLongError(ValueError):

@@ -9,23 +9,53 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from serve_app.config import RerankerArgs
+from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _SAFE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 _ENCODERS = ("bert", "roberta", "electra", "mpnet", "nomic", "gte", "new")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
+# Of each tensor, so that a head that was trained alone is seen among gigabytes that weren't.
+_TENSOR_SAMPLE_BYTES = 16 * 1024
+# More than any model's list of tensors takes.
+_MOST_HEADER_BYTES = 100 * 2**20
+# Engine arguments about room, order and spread. All others count as part of what decides a score, also those
+# that a later vLLM brings; two of them count as the engine resolved them.
+_NO_MATTER_FOR_SCORES = {
+    "async_scheduling",
+    "block_size",
+    "cpu_offload_gb",
+    "data_parallel_size",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "download_dir",
+    "dtype",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "scheduling_policy",
+    "swap_space",
+    "tensor_parallel_size",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model's folder, its `config.json`, and a name for exactly these weights."""
+    """A model's folder, its `config.json`, a name for exactly these weights, and one for all of its files."""
 
     folder: Path
     config: dict[str, Any]
     revision: str
+    contents: str = ""
 
     @property
     def architecture(self) -> str:
@@ -58,17 +88,23 @@ def resolve(args: RerankerArgs) -> Model:
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     digest = _checked_sha256(folder, args.sha256) if args.sha256 else None
-    model = Model(folder, config, commit or (digest or fingerprint(folder))[:16])
+    if commit is not None:
+        # It names every file; what else lies in the snapshot's folder differs from node to node.
+        model = Model(folder, config, commit, commit)
+    else:
+        files = fingerprint(folder)
+        model = Model(folder, config, (digest or files)[:16], f"{files} {digest}")
     _check_architecture(args.kind, model)
     return model
 
 
 def fingerprint(folder: Path) -> str:
     """Changes with the weights, the vocabulary or the configuration, without reading gigabytes: whole small files,
-    and of each weight file its size and 64 samples, among them its start."""
+    and of each weight file its size, 64 samples, among them its start, and the start of every tensor."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    small = [path for kind in ("*.json", "*/*.json", "*.txt", "*.model", "*.py") for path in folder.glob(kind)]
+    for path in sorted(small):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}".encode())
@@ -76,7 +112,40 @@ def fingerprint(folder: Path) -> str:
             for i in range(_SAMPLES):
                 file.seek(size * i // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
+            for start, end in _tensors(file) if path.suffix == ".safetensors" else ():
+                file.seek(start)
+                digest.update(file.read(min(end - start, _TENSOR_SAMPLE_BYTES)))
     return digest.hexdigest()
+
+
+def scoring_fingerprint(args: RerankerArgs, model: Model, dtype: str, max_model_len: int, software: str) -> str:
+    """Names all that decides the score of a pair on the variant's side. Where it is the same, scores are the same
+    but for rounding; `software` says which versions compute them."""
+    decides: dict[str, Any] = {
+        "model": [model.revision, model.contents],
+        "kind": args.kind,
+        "prefixes": [args.query_prefix, args.document_prefix],
+        "engine": {k: v for k, v in args.engine.items() if k not in _NO_MATTER_FOR_SCORES},
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "software": software,
+    }
+    if args.kind == "qwen3-reranker":
+        decides["instruction"] = args.instruction or DEFAULT_INSTRUCTION
+        decides["prompt"] = (args.prompt or YesNoPrompt()).model_dump()
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _tensors(file: BinaryIO) -> list[tuple[int, int]]:
+    """Where each tensor of a safetensors file starts and ends; nothing of one that vLLM won't read either."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+        entries = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return [(8 + length + int(start), 8 + length + int(end)) for start, end in sorted(entries)]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
 
 
 def _folder(args: RerankerArgs) -> tuple[Path, str | None]:

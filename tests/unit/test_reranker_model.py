@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.config import RerankerArgs
+from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs
 from serve_app.reranker.engine_args import check_engine_args, engine_arg_names, engine_settings
 from serve_app.reranker.memory import kv_cache_bytes
-from serve_app.reranker.model import Model, fingerprint, resolve
+from serve_app.reranker.model import Model, fingerprint, resolve, scoring_fingerprint
 from serve_app.reranker.scores import cosines, sigmoids
 from tests.models import MINILM, MINILM_SHA256
 
@@ -140,6 +140,76 @@ def test_fingerprints_follow_weights_and_vocabulary_only(tmp_path: Path) -> None
     assert fingerprint(tmp_path / "b") == first
     (tmp_path / "b" / "tokenizer.json").write_text("{}")
     assert fingerprint(tmp_path / "b") != first
+
+
+def safetensors(head: bytes) -> bytes:
+    """A body of 40 MB and a small head behind it."""
+    body = 40_000_000
+    offsets = {"body": [0, body], "score.weight": [body, body + len(head)]}
+    header = json.dumps({name: {"data_offsets": at} for name, at in offsets.items()}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(body) + head
+
+
+def test_a_fingerprint_sees_a_head_that_was_trained_alone(tmp_path: Path) -> None:
+    first = fingerprint(make(tmp_path / "a", BERT, safetensors(b"w" * 512 + b"e" * 1000)))
+    assert fingerprint(make(tmp_path / "b", BERT, safetensors(b"v" * 512 + b"e" * 1000))) != first
+    assert fingerprint(make(tmp_path / "c", BERT, safetensors(b"w" * 512 + b"e" * 1000))) == first
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "1_Pooling/config.json", "modeling.py"])
+def test_a_fingerprint_sees_all_files_that_make_a_score(tmp_path: Path, name: str) -> None:
+    first = fingerprint(make(tmp_path / "m", BERT))
+    (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "m" / name).write_text("{}")
+    assert fingerprint(tmp_path / "m") != first
+
+
+SCORING = Model(Path("m"), QWEN, "r1", "c1")
+
+
+def scoring(given: RerankerArgs, model: Model = SCORING, dtype: str = "bfloat16", longest: int = 512) -> str:
+    return scoring_fingerprint(given, model, dtype, longest, "serve-app 1, vllm 1")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        scoring(args("m", instruction="find code")),
+        scoring(args("m", prompt={"suffix": "x"})),
+        scoring(args("m", prompt={"yes": "y", "no": "n"})),
+        scoring(args("m", engine={"quantization": "fp8"})),
+        scoring(args("m", engine={"hf_overrides": {"rope_theta": 1}})),
+        scoring(args("m", engine={"an_argument_of_the_future": 1})),
+        scoring(args("m"), dtype="float32"),
+        scoring(args("m"), longest=1024),
+        scoring(args("m"), Model(Path("m"), QWEN, "r2", "c1")),
+        scoring(args("m"), Model(Path("m"), QWEN, "r1", "c2")),
+        scoring(args("m", "cross-encoder")),
+        scoring(args("m", "bi-encoder")),
+        scoring(args("m", "bi-encoder", query_prefix="query: ")),
+        scoring(args("m", "bi-encoder", document_prefix="query: ")),
+        scoring_fingerprint(args("m"), SCORING, "bfloat16", 512, "serve-app 1, vllm 2"),
+    ],
+)
+def test_what_decides_scores_changes_their_fingerprint(changed: str) -> None:
+    others = {scoring(args("m")), scoring(args("m", "bi-encoder", query_prefix="passage: "))}
+    assert changed not in others
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        args("elsewhere/m"),
+        args("m", revision="main"),
+        args("m", instruction=DEFAULT_INSTRUCTION),
+        args("m", prompt={}),
+        args("m", engine={"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 8192}),
+        args("m", engine={"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30}),
+        args("m", engine={"dtype": "auto", "max_model_len": 512}),
+    ],
+)
+def test_what_leaves_scores_alone_leaves_their_fingerprint_alone(same: RerankerArgs) -> None:
+    assert scoring(same) == scoring(args("m"))
 
 
 @pytest.mark.parametrize(
