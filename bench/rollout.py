@@ -74,7 +74,7 @@ def split_cost(rounds: int) -> dict[str, Spread]:
 
 def mirror_cost(rounds: int) -> dict[str, Any]:
     """Live p50 and p95 in ms with and without mirroring, block by block, and their ratios by round."""
-    from serve_app.gateway.control import ADMIN_KEY
+    from serve_app.access import ADMIN_KEY
     from serve_app.launch import ENVIRONMENT
     from serve_app.recall.builder import build_index
     from tests.system.conftest import System, free_port, serving, wait_for

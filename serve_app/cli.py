@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import __version__
+from serve_app.access import API_KEY, bearer
 
 _URL = os.environ.get("SERVE_APP_URL", "http://127.0.0.1:8000")
 
@@ -39,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     down = commands.add_parser("down", help="stop what `up` serves on this machine")
     down.add_argument("--port", type=_port, help="where several are up")
     down.set_defaults(run=_down)
+
+    key = commands.add_parser("key", help="make an API key for the gateway's file of keys")
+    key.add_argument("name", help="whose key it is")
+    key.set_defaults(run=_key)
 
     check = commands.add_parser("check", help="validate a config without starting anything")
     check.add_argument("config", type=Path, nargs="+")
@@ -191,6 +196,18 @@ def _check(arguments: argparse.Namespace) -> int:
     return failed
 
 
+def _key(arguments: argparse.Namespace) -> int:
+    from serve_app.gateway.keys import KeysError, new_key
+
+    try:
+        key, line = new_key(arguments.name)
+    except KeysError as error:
+        return _complain(error, 2)
+    print(f"for {arguments.name}: {key}", file=sys.stderr)
+    print(line)
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from serve_app.configfile import ConfigError, load
     from serve_app.plan import plan
@@ -323,13 +340,13 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     import httpx
 
     try:
-        response = httpx.post(url.rstrip("/") + path, json=body, timeout=90)
+        response = httpx.post(url.rstrip("/") + path, json=body, headers=bearer(API_KEY), timeout=90)
         answer: dict[str, Any] = response.json()
     except httpx.HTTPError as error:
         _complain(f"no answer from {url}: {error}; is it up? (serve-app up CONFIG)", 1)
         return None
     except ValueError:
-        _complain(f"{url}{path} answered {response.status_code} with something that is not JSON", 1)
+        _complain(f"{url}{path} answered with something that is not JSON", 1)
         return None
     if response.is_error:
         _complain(f"{response.status_code}: {answer.get('message', answer)}", 1)

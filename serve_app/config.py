@@ -91,6 +91,9 @@ class RolloutArgs(Block):
 class GatewayArgs(Block):
     """`args` of `serve_app.gateway:build`. Everything that may change while serving is in `GatewaySettings`."""
 
+    # Serve whoever reaches the port, also from other machines, where there are no API keys.
+    without_keys: bool = False
+
 
 class Variant(Block):
     """How the gateway calls the variant of this name, which is the Serve application of the same name."""

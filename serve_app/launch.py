@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from serve_app.access import API_KEYS, API_KEYS_FILE
 from serve_app.configfile import ConfigFile
 
 # Engines of the largest models read their weights from a network disk.
@@ -30,8 +31,14 @@ _DEFAULT_CPUS = {
     "serve_app.rollout:build": {"Rollout": 0.1},
 }
 _PR_SET_CHILD_SUBREAPER = 36
-# Serve's environment; `configs/serve.env` is the same for clusters, and says why.
+# Serve's environment; `configs/serve.env` has both for clusters, and says why.
 ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1"}
+# HAProxy listens on all interfaces, whatever the config says: only where keys, or the config, let strangers come.
+FAST = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "67108864",
+}
 
 
 class LaunchError(Exception):
@@ -58,7 +65,7 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     _raise_stop_on_signals()
     with _pid_file(port):
         try:
-            _start(raw, verbose, least_resources(config))
+            _start(raw, verbose, least_resources(config), {**ENVIRONMENT, **(FAST if _is_open(config) else {})})
             _print_ready(config, host, port)
             _await_end_of_ray()
         except _Stop:
@@ -109,9 +116,17 @@ def least_resources(config: ConfigFile) -> dict[str, float]:
     return needed
 
 
-def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float]) -> None:
+def _is_open(config: ConfigFile) -> bool:
+    """Whether strangers may reach the gateway: it has API keys, or says that it needs none."""
+    if any(os.environ.get(name, "").strip() for name in (API_KEYS, API_KEYS_FILE)):
+        return True
+    gateways = [a for a in config.applications if a["name"] in config.gateways]
+    return any((application.get("args") or {}).get("without_keys") for application in gateways)
+
+
+def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environment: dict[str, str]) -> None:
     # Serve reads these as it is imported, and no usage reports leave a machine whose owner was not asked.
-    for name, value in {**ENVIRONMENT, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    for name, value in {**environment, "RAY_USAGE_STATS_ENABLED": "0"}.items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from serve_app.access import API_KEY, bearer
+
 ATTEMPTS = 6
 # A Retry-After beyond this is not waited for in full.
 MAX_WAIT_S = 10.0
@@ -43,12 +45,13 @@ class Gateway:
         try:
             self._http = httpx.AsyncClient(
                 base_url=self.url,
+                headers=bearer(API_KEY),
                 timeout=timeout_s + _GRACE_S,
                 limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
                 transport=transport,
             )
         except (httpx.InvalidURL, ValueError) as error:
-            raise EvaluationError(f"{url!r} is not a URL: {error}") from None
+            raise EvaluationError(f"can't call {url!r}: {error}") from None
 
     async def __aenter__(self) -> "Gateway":
         return self

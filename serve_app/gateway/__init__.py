@@ -12,5 +12,5 @@ def build(args: GatewayArgs) -> "Application":
     """The Serve application; its settings are the `user_config` of the deployment `Gateway`."""
     from serve_app.gateway.deployment import Gateway
 
-    app: Application = Gateway.bind()  # type: ignore[attr-defined]
+    app: Application = Gateway.bind(args)  # type: ignore[attr-defined]
     return app

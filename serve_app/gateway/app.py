@@ -67,6 +67,8 @@ def create_app(service: Service) -> FastAPI:
     async def search(request: Request) -> Response:
         async def answer(body: wire.SearchBody) -> Any:
             call = _call(service, request, body)
+            reranked = body.rerank and call.plan.stages
+            service.spend(request.state.key, (body.recall_k or call.plan.recall_k) if reranked else 1)
             call, candidates, ranking = await service.search(
                 call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
             )
@@ -79,6 +81,7 @@ def create_app(service: Service) -> FastAPI:
             async def answer(body: wire.RerankBody) -> Any:
                 call = _call(service, request, body)
                 limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
+                service.spend(request.state.key, len(body.documents))
                 query = _text(body.query, None, "query")
                 documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
                 call, ranking = await service.rerank(call, query, documents)
@@ -101,15 +104,18 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
     async def rerank_v2(request: Request) -> Response:
         async def answer(body: wire.CohereV2Body) -> Any:
-            call, ranking = await service.rerank(_call(service, request, body), body.query, body.documents)
+            call = _call(service, request, body)
+            service.spend(request.state.key, len(body.documents))
+            call, ranking = await service.rerank(call, body.query, body.documents)
             return rerank_answer(call, ranking, body.top_n, None)
 
         return await _answer(service, request, wire.CohereV2Body, answer)
 
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
-            call = _call(service, request, body)
-            scores, report = await service.score(call, body.pairs())
+            call, pairs = _call(service, request, body), body.pairs()
+            service.spend(request.state.key, len(pairs))
+            scores, report = await service.score(call, pairs)
             return score_answer(call, scores, [report])
 
         return await _answer(service, request, wire.ScoreBody, answer)
@@ -119,6 +125,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models", summary="Names that `model` may have", responses={503: _ERRORS[503]})
     async def models(request: Request) -> Response:
+        service.keys.check(request.headers.get("authorization", ""))
         return _json(service.models())
 
     @app.head("/healthz", include_in_schema=False)
@@ -132,9 +139,12 @@ def create_app(service: Service) -> FastAPI:
         return _json(body, 200 if ready else 503)
 
     async def read_and_answer(
-        request: Request, model: type[B] | None, reply: Callable[[B | None], Awaitable[Any]]
+        request: Request,
+        model: type[B] | None,
+        reply: Callable[[B | None], Awaitable[Any]],
+        needs_key: bool = True,
     ) -> Response:
-        return await _answer(service, request, model, reply)
+        return await _answer(service, request, model, reply, needs_key)
 
     add_control(app, service, read_and_answer, _takes)
 
@@ -159,12 +169,18 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _answer(
-    service: Service, request: Request, model: type[B] | None, answer: Callable[[Any], Awaitable[Any]]
+    service: Service,
+    request: Request,
+    model: type[B] | None,
+    answer: Callable[[Any], Awaitable[Any]],
+    needs_key: bool = True,
 ) -> Response:
     """Reads the body as `model` (None: there is none), answers with what `answer` makes of it; whatever goes wrong
     has the one body."""
     request_id = _request_id(request)
     try:
+        # Before anything is read of a stranger's body.
+        request.state.key = service.keys.check(request.headers.get("authorization", "")) if needs_key else None
         service.enter()
     except ApiError as error:
         return _error(error, request_id)

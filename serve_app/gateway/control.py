@@ -11,12 +11,12 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from serve_app.access import ADMIN_KEY
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.service import Service
 from serve_app.rollout.messages import Reply
 from serve_app.rollout.store import Event
 
-ADMIN_KEY = "SERVE_APP_ADMIN_KEY"
 _ACTIONS = ("pause", "resume", "promote", "abort", "undo")
 _MAX_EVENTS = 1000
 
@@ -73,7 +73,8 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
                 check_admin(request)
                 return _body(await ask(request, read))
 
-            return await answer(request, body, reply)
+            # The admin key is all that operators need.
+            return await answer(request, body, reply, False)
 
         return endpoint
 

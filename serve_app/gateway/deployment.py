@@ -1,13 +1,25 @@
 """The gateway as a Serve deployment: a thin shell around `Service` and its HTTP application."""
 
+import asyncio
+import ipaddress
+import logging
+import os
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client
 
+from serve_app.access import API_KEYS, API_KEYS_FILE
+from serve_app.config import GatewayArgs
 from serve_app.gateway.app import create_app
 from serve_app.gateway.fleet import Fleet
+from serve_app.gateway.keys import Keys
 from serve_app.gateway.service import Service
+
+logger = logging.getLogger("ray.serve")
+
+_KEYS_EVERY_S = 2.0
 
 
 @serve.deployment(
@@ -24,9 +36,14 @@ from serve_app.gateway.service import Service
 class Gateway:
     """HTTP in, Serve handles out. Settings come as `user_config` and are replaced without a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: GatewayArgs) -> None:
+        """Raises ValueError for keys that can't be read, and where there are none although anybody could call."""
         self.fleet = Fleet()
         self.service = Service(self.fleet)
+        self.service.application = serve.get_replica_context().app_name
+        if not self.service.keys.known and not args.without_keys:
+            _refuse_strangers()
+        self._refreshing: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)
@@ -35,3 +52,37 @@ class Gateway:
         self.service.configure(user_config)
         self.fleet.watch()
         self.service.rollouts.configure(self.service.settings)
+        if self._refreshing is None:
+            self._refreshing = asyncio.get_running_loop().create_task(_refresh(self.service.keys))
+
+
+async def _refresh(keys: Keys) -> None:
+    while True:
+        await asyncio.sleep(_KEYS_EVERY_S)
+        if await asyncio.to_thread(keys.refresh):
+            if keys.problem:
+                logger.error("the API keys stay as they were: %s", keys.problem)
+            else:
+                logger.info(f"API keys now: {', '.join(key.name for key in keys.known)}")
+
+
+def _refuse_strangers() -> None:
+    """Raises ValueError where other machines can reach the gateway."""
+    # HAProxy listens on all interfaces, whatever the config says.
+    everywhere = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    host = "0.0.0.0" if everywhere else _get_global_client().http_config.host
+    if not is_loopback(host):
+        raise ValueError(
+            f"the gateway listens on {host}, where other machines reach it, and has no API keys; set "
+            f"{API_KEYS_FILE} or {API_KEYS} in its environment (serve-app key NAME makes a key), or say "
+            "args: {without_keys: true} in the gateway's application"
+        )
+
+
+def is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "0.0.0.0").is_loopback
+    except ValueError:
+        return False

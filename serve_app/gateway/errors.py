@@ -21,6 +21,7 @@ CODES: dict[str, tuple[int, str]] = {
     "body_too_large": (413, "invalid_request_error"),
     "unsupported_encoding": (415, "invalid_request_error"),
     "too_many_requests": (429, "rate_limit_error"),
+    "rate_limited": (429, "rate_limit_error"),
     "internal_error": (500, "api_error"),
     "unavailable": (503, "overloaded_error"),
     "overloaded": (503, "overloaded_error"),

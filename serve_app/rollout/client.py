@@ -1,13 +1,13 @@
 """An operator's side of `/v1/rollouts`, over HTTP."""
 
 import getpass
-import os
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 
-ADMIN_KEY = "SERVE_APP_ADMIN_KEY"
+from serve_app.access import ADMIN_KEY, bearer
+
 # Longer than the gateway waits for a controller.
 _TIMEOUT_S = 20.0
 # Answers of the gateway's own that asking again does not change.
@@ -32,15 +32,16 @@ class Control:
     """`/v1/rollouts` of the gateway at `url`. Every method raises CommandError."""
 
     def __init__(self, url: str, transport: httpx.BaseTransport | None = None) -> None:
-        key = os.environ.get(ADMIN_KEY, "").strip()
+        try:
+            key = bearer(ADMIN_KEY)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
         if not key:
             raise CommandError(
                 f"{ADMIN_KEY} is not set; rollouts need the admin key that the gateway was started with"
             )
-        if not (key.isascii() and key.isprintable()):
-            raise CommandError(f"{ADMIN_KEY} has characters other than printable ASCII, which no header carries")
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {key}", "X-Operator": _login()}
+        headers = {**key, "X-Operator": _login()}
         self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_S, transport=transport)
 
     def start(self, document: Body) -> Body:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.gateway.control import ADMIN_KEY
+from serve_app.access import ADMIN_KEY
 from serve_app.launch import ENVIRONMENT
 from tests.system.conftest import (
     ROOT,

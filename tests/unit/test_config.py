@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from serve_app.config import GatewaySettings, RerankerArgs, explain
 from serve_app.configfile import ConfigError, load
-from serve_app.launch import ENVIRONMENT, least_resources
+from serve_app.launch import ENVIRONMENT, FAST, least_resources
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -24,7 +24,10 @@ def test_every_config_is_valid(path):
 
 def test_clusters_get_the_environment_that_serve_app_up_sets():
     lines = (CONFIGS / "serve.env").read_text().splitlines()
-    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == ENVIRONMENT
+    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == {
+        **ENVIRONMENT,
+        **FAST,
+    }
 
 
 @pytest.fixture

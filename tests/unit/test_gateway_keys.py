@@ -1,0 +1,192 @@
+"""API keys: where they come from, who gets in, and how much a key may ask for."""
+
+import os
+
+import pytest
+
+from serve_app.access import API_KEYS, API_KEYS_FILE
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.keys import Keys, KeysError, hashed, new_key
+from tests.unit.gateway_double import Gateway
+
+SHOP, CRAWLER = "shop-0123456789abcdef", "crawler-0123456789abcdef"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def keys_file(tmp_path):
+    path = tmp_path / "keys.yaml"
+    path.write_text(
+        f"shop: sha256:{hashed(SHOP)}\ncrawler: {{sha256: {hashed(CRAWLER)}, pairs_per_s: 100}}\n", "utf-8"
+    )
+    return path
+
+
+def keys(path, **more):
+    return Keys({API_KEYS_FILE: str(path), **more}, Clock())
+
+
+def bearer(key):
+    return f"Bearer {key}"
+
+
+def test_keys_of_file_and_environment_get_in_by_name(keys_file):
+    known = keys(keys_file, **{API_KEYS: "search:search-0123456789, other:other-0123456789a"})
+    assert known.check(bearer(SHOP)).name == "shop"
+    assert known.check(f"bearer  {CRAWLER} ").name == "crawler"
+    assert known.check(bearer("search-0123456789")).name == "search"
+    assert known.check(bearer("other-0123456789a")).pairs_per_s is None
+
+
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Basic {SHOP}", SHOP, "Bearer \udcff"]
+)
+def test_whoever_has_no_key_stays_outside(keys_file, given):
+    with pytest.raises(ApiError) as refused:
+        keys(keys_file).check(given)
+    assert (refused.value.status, refused.value.code) == (401, "unauthorized")
+
+
+def test_without_keys_everybody_gets_in():
+    assert Keys({}).check("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("shop: {", "line 1: is not valid YAML"),
+        ("", "has none"),
+        ("- shop", "no mapping of names to keys"),
+        ("shop: abc", "shop has no sha256 of 64"),
+        (f"'a b': {hashed(SHOP)}", "'a b' is no name for a key"),
+        (f"shop: {{sha256: {hashed(SHOP)}, rate: 3}}", "shop has rate; allowed: sha256, pairs_per_s"),
+        (f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: 0}}", "pairs_per_s is 0; allowed: a number above 0"),
+        (f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: yes}}", "pairs_per_s is True"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path, text, says):
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(KeysError, match=says):
+        keys(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("shop", "entry 1 is not NAME:KEY"), ("a:0123456789abcdef,b:short", "the key of b has 5 characters")],
+)
+def test_a_bad_list_is_refused_and_no_key_is_told(text, says):
+    with pytest.raises(KeysError, match=says) as refused:
+        Keys({API_KEYS: text})
+    assert "0123" not in str(refused.value)
+
+
+def test_names_are_unique(keys_file):
+    with pytest.raises(KeysError, match="two API keys are called 'shop'"):
+        keys(keys_file, **{API_KEYS: f"shop:{SHOP}"})
+
+
+def test_a_changed_file_rotates_keys_and_a_broken_or_missing_one_changes_nothing(keys_file):
+    known = keys(keys_file)
+    assert not known.refresh()
+    replace(keys_file, f"shop: {hashed('a new key of the shop')}\n")
+    assert known.refresh()
+    assert known.problem is None
+    assert known.check(bearer("a new key of the shop")).name == "shop"
+    for old in (SHOP, CRAWLER):
+        with pytest.raises(ApiError):
+            known.check(bearer(old))
+    for broken in ("shop: {", ""):
+        replace(keys_file, broken)
+        assert known.refresh()
+        assert str(keys_file) in known.problem
+        assert known.check(bearer("a new key of the shop")).name == "shop"
+    keys_file.unlink()
+    assert known.refresh()
+    assert known.check(bearer("a new key of the shop")).name == "shop"
+
+
+def replace(path, text):
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def test_a_rate_is_kept_over_time_and_a_large_call_is_paid_for_afterwards(keys_file):
+    known = keys(keys_file)
+    crawler = known.check(bearer(CRAWLER))
+    known.spend(crawler, 1000)
+    for waited_s in (0.0, 7.9):
+        known.clock.now = 100.0 + waited_s
+        with pytest.raises(ApiError) as refused:
+            known.spend(crawler, 1)
+        assert (refused.value.status, refused.value.code) == (429, "rate_limited")
+        assert "crawler has used up its 100 pairs_per_s" in refused.value.message
+        assert refused.value.retry_after_s == (8 if waited_s == 0 else 1)
+    known.clock.now = 108.1
+    known.spend(crawler, 1)
+    # Over a long time no more than the rate passes.
+    passed = 0
+    for tick in range(1000):
+        known.clock.now = 200 + tick / 10
+        try:
+            known.spend(crawler, 50)
+            passed += 50
+        except ApiError:
+            pass
+    assert 100 * 100 <= passed <= 100 * 100 + 300
+
+
+def test_gateways_share_a_rate(keys_file):
+    known = keys(keys_file)
+    crawler = known.check(bearer(CRAWLER))
+    known.spend(crawler, 50, gateways=4)
+    with pytest.raises(ApiError) as refused:
+        known.spend(crawler, 1, gateways=4)
+    assert refused.value.retry_after_s == 1
+
+
+def test_keys_without_a_rate_are_not_counted(keys_file):
+    known = keys(keys_file)
+    for _ in range(100):
+        known.spend(known.check(bearer(SHOP)), 10**6)
+
+
+def test_the_gateway_asks_for_a_key_before_it_reads_the_body(keys_file):
+    gateway = Gateway()
+    gateway.service.keys = keys(keys_file)
+    body = {"query": "cats", "documents": ["document number 1"]}
+    for path in ("/v1/rerank", "/v2/rerank", "/v1/search", "/v1/score", "/v1/events"):
+        refused = gateway.post(path, b"not even JSON")
+        assert refused.status_code == 401, path
+        assert refused.json()["error"]["code"] == "unauthorized"
+    assert gateway.request("GET", "/v1/models").status_code == 401
+    assert gateway.request("GET", "/healthz").status_code == 200
+    assert gateway.post("/v1/rerank", body, {"Authorization": bearer(SHOP)}).status_code == 200
+    assert gateway.request("GET", "/v1/models", headers={"Authorization": bearer(SHOP)}).status_code == 200
+
+
+def test_a_key_over_its_rate_gets_429_and_others_go_on(keys_file):
+    gateway = Gateway()
+    gateway.service.keys = keys(keys_file)
+    body = {"query": "cats", "documents": [f"document number {i}" for i in range(20)]}
+    answers = [gateway.post("/v1/rerank", body, {"Authorization": bearer(CRAWLER)}) for _ in range(11)]
+    assert [answer.status_code for answer in answers] == [200] * 10 + [429]
+    assert int(answers[-1].headers["Retry-After"]) >= 1
+    assert gateway.post("/v1/rerank", body, {"Authorization": bearer(SHOP)}).status_code == 200
+
+
+def test_a_new_key_gets_in_by_the_line_that_was_made_for_it(tmp_path):
+    key, line = new_key("partner")
+    path = tmp_path / "keys.yaml"
+    path.write_text(line)
+    assert keys(path).check(bearer(key)).name == "partner"
+    assert key not in line
+    with pytest.raises(KeysError, match="no name for a key"):
+        new_key("a b")
