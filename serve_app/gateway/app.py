@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +25,7 @@ from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
+from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
 from serve_app.gateway.service import Service
 
@@ -55,8 +56,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    """The ASGI application over `service`."""
+# Is told of a call after its answer: path, status, seconds, the call and its stages as far as it came.
+Observer = Callable[[str, int, float, Call | None, Sequence[StageReport]], None]
+
+
+def create_app(service: Service, observe: Observer = lambda *call: None) -> FastAPI:
+    """The ASGI application over `service`; `observe` is told of every call that had a body or asked an operator's
+    question."""
     app = FastAPI(
         title="serve-app",
         version=__version__,
@@ -72,9 +78,10 @@ def create_app(service: Service) -> FastAPI:
             call, candidates, ranking = await service.search(
                 call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
             )
+            request.state.ran = call, ranking.reports
             return search_answer(call, body.query, candidates, ranking, body.top_n, body.explain)
 
-        return await _answer(service, request, wire.SearchBody, answer)
+        return await _answer(service, observe, request, wire.SearchBody, answer)
 
     def rerank(documents_by_default: bool) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -85,11 +92,12 @@ def create_app(service: Service) -> FastAPI:
                 query = _text(body.query, None, "query")
                 documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
                 call, ranking = await service.rerank(call, query, documents)
+                request.state.ran = call, ranking.reports
                 wanted = documents_by_default if body.return_documents is None else body.return_documents
                 shown = [_shown(document) for document in body.documents] if wanted else None
                 return rerank_answer(call, ranking, body.top_n, shown)
 
-            return await _answer(service, request, wire.RerankBody, answer)
+            return await _answer(service, observe, request, wire.RerankBody, answer)
 
         return endpoint
 
@@ -107,18 +115,20 @@ def create_app(service: Service) -> FastAPI:
             call = _call(service, request, body)
             service.spend(request.state.key, len(body.documents))
             call, ranking = await service.rerank(call, body.query, body.documents)
+            request.state.ran = call, ranking.reports
             return rerank_answer(call, ranking, body.top_n, None)
 
-        return await _answer(service, request, wire.CohereV2Body, answer)
+        return await _answer(service, observe, request, wire.CohereV2Body, answer)
 
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
             call, pairs = _call(service, request, body), body.pairs()
             service.spend(request.state.key, len(pairs))
             scores, report = await service.score(call, pairs)
+            request.state.ran = call, [report]
             return score_answer(call, scores, [report])
 
-        return await _answer(service, request, wire.ScoreBody, answer)
+        return await _answer(service, observe, request, wire.ScoreBody, answer)
 
     for path in ("/v1/score", "/score"):
         app.post(path, **_takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)"))(score)
@@ -144,7 +154,7 @@ def create_app(service: Service) -> FastAPI:
         reply: Callable[[B | None], Awaitable[Any]],
         needs_key: bool = True,
     ) -> Response:
-        return await _answer(service, request, model, reply, needs_key)
+        return await _answer(service, observe, request, model, reply, needs_key)
 
     add_control(app, service, read_and_answer, _takes)
 
@@ -170,6 +180,7 @@ def create_app(service: Service) -> FastAPI:
 
 async def _answer(
     service: Service,
+    observe: Observer,
     request: Request,
     model: type[B] | None,
     answer: Callable[[Any], Awaitable[Any]],
@@ -178,27 +189,31 @@ async def _answer(
     """Reads the body as `model` (None: there is none), answers with what `answer` makes of it; whatever goes wrong
     has the one body."""
     request_id = _request_id(request)
+    began = time.monotonic()
+    response = Response(status_code=400)
+    entered = False
     try:
         # Before anything is read of a stranger's body.
         request.state.key = service.keys.check(request.headers.get("authorization", "")) if needs_key else None
         service.enter()
-    except ApiError as error:
-        return _error(error, request_id)
-    try:
+        entered = True
         body = None if model is None else await _read(request, model, service.settings.limits.max_body_bytes)
-        return _json(await answer(body))
+        response = _json(await answer(body))
     except ApiError as error:
-        return _error(error, request_id)
+        response = _error(error, request_id)
     except ClientDisconnect:
         # Nobody reads this; it only ends the call.
-        return Response(status_code=400)
+        pass
     except Exception:
         logger.exception("request %s failed", request_id)
-        return _error(
-            ApiError("internal_error", f"a fault in the gateway; its log names {request_id}"), request_id
-        )
+        fault = ApiError("internal_error", f"a fault in the gateway; its log names {request_id}")
+        response = _error(fault, request_id)
     finally:
-        service.leave()
+        if entered:
+            service.leave()
+    call, reports = getattr(request.state, "ran", (None, ()))
+    observe(request.scope["route"].path, response.status_code, time.monotonic() - began, call, reports)
+    return response
 
 
 async def _read(request: Request, model: type[B], max_bytes: int) -> B:

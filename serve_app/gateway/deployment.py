@@ -15,6 +15,7 @@ from serve_app.config import GatewayArgs
 from serve_app.gateway.app import create_app
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.keys import Keys
+from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.service import Service
 
 logger = logging.getLogger("ray.serve")
@@ -46,7 +47,7 @@ class Gateway:
         self._refreshing: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service)
+        return create_app(self.service, Metrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.service.configure(user_config)
