@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from serve_app.access import API_KEYS, API_KEYS_FILE
+from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE
 from serve_app.configfile import ConfigFile
 
 # Engines of the largest models read their weights from a network disk.
@@ -118,10 +118,12 @@ def least_resources(config: ConfigFile) -> dict[str, float]:
 
 def _is_open(config: ConfigFile) -> bool:
     """Whether strangers may reach the gateway: it has API keys, or says that it needs none."""
-    if any(os.environ.get(name, "").strip() for name in (API_KEYS, API_KEYS_FILE)):
-        return True
     gateways = [a for a in config.applications if a["name"] in config.gateways]
-    return any((application.get("args") or {}).get("without_keys") for application in gateways)
+    return _has_keys() or any((application.get("args") or {}).get("without_keys") for application in gateways)
+
+
+def _has_keys() -> bool:
+    return any(os.environ.get(name, "").strip() for name in (API_KEYS, API_KEYS_FILE))
 
 
 def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environment: dict[str, str]) -> None:
@@ -219,7 +221,8 @@ def _print_ready(config: ConfigFile, host: str, port: int) -> None:
         path, body = "/v1/search", '{"query": "wireless headphones that block out noise", "top_n": 3}'
     else:
         path, body = "/v1/rerank", '{"query": "capital of France", "documents": ["London", "Paris"]}'
-    _say(f"ready on {url} — try: curl -s {url}{path} -d '{body}'")
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if _has_keys() else ""
+    _say(f"ready on {url} — try: curl -s {url}{path}{key} -d '{body}'")
 
 
 def _stop() -> None:
