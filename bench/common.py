@@ -97,7 +97,9 @@ def show(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = 160  # Of a file or a pipe nothing is known, and 80 would fold most tables.
+    console.print(table)
     console.print()
 
 
