@@ -6,9 +6,11 @@ Unknown keys are refused everywhere, and errors name the place, the value and wh
 """
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -179,6 +181,33 @@ class Limits(Block):
     max_concurrent_calls: int = Field(default=256, ge=1)
 
 
+class Cache(Block):
+    """Scores that were computed before, by all that decides them. Each gateway replica has its own, and Redis
+    behind it where `redis` is set."""
+
+    # 32 bytes a score, of memory that is taken as it fills.
+    max_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    ttl_s: int = Field(default=3600, ge=1, le=30 * 86_400)
+    # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS.
+    redis: SecretStr | None = None
+
+    @field_validator("redis")
+    @classmethod
+    def _url_names_a_server(cls, redis: SecretStr | None) -> SecretStr | None:
+        if redis is None:
+            return redis
+        try:
+            parts = urlsplit(redis.get_secret_value())
+            good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+            good = good and not (parts.query or parts.fragment) and int(parts.path.strip("/") or 0) >= 0
+        except ValueError:
+            good = False
+        if not good:
+            # Without the url: it may hold a password.
+            raise ValueError("names no Redis server; allowed: redis[s]://[[user]:password@]host[:port][/db]")
+        return redis
+
+
 class GatewaySettings(Block):
     """The gateway's `user_config`: what exists, what it is called, and who gets it."""
 
@@ -190,6 +219,8 @@ class GatewaySettings(Block):
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
     routes: dict[Name, Route] = Field(min_length=1)
     limits: Limits = Limits()
+    # null: every score is computed.
+    cache: Cache | None = Cache()
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "GatewaySettings":
@@ -257,5 +288,6 @@ def _known(name: str, allowed: "dict[str, Any]") -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # A password may stand in a url, also in one that stands in the wrong place.
+    text = re.sub(r"://[^\s'\"]*@", "://***@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

@@ -102,6 +102,7 @@ def _stage(report: StageReport) -> dict[str, Any]:
     if report.pairs:
         body |= {
             "pairs": report.pairs,
+            "cache_hits": report.cache_hits,
             "tokens": report.tokens,
             "cached_tokens": report.cached_tokens,
             "truncated": report.truncated,

@@ -124,9 +124,9 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         async def answer(body: wire.ScoreBody) -> Any:
             call, pairs = _call(service, request, body), body.pairs()
             service.spend(request.state.key, len(pairs))
-            scores, report = await service.score(call, pairs)
-            request.state.ran = call, [report]
-            return score_answer(call, scores, [report])
+            call, ranking = await service.score(call, pairs)
+            request.state.ran = call, ranking.reports
+            return score_answer(call, ranking.scores, ranking.reports)
 
         return await _answer(service, observe, request, wire.ScoreBody, answer)
 
@@ -261,6 +261,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
         started=time.monotonic(),
         instruction=body.instruction,
         max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
+        fresh="no-cache" in re.split(r"[\s,]+", request.headers.get("cache-control", "").lower()),
     )
 
 
@@ -359,6 +360,7 @@ def _takes(body: type[BaseModel] | None, answer: type[BaseModel], summary: str) 
                         {"type": "string", "pattern": r"^[A-Za-z0-9._:-]{1,128}$"},
                         "Comes back in the answer and in the logs.",
                     ),
+                    ("Cache-Control", {"type": "string"}, "no-cache: every score is computed."),
                 )
             ],
         },

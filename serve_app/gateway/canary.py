@@ -44,9 +44,11 @@ async def answer(
     if place is None or not place.split.live:
         return call, await attempt(call)
     started = time.monotonic()
+    fresh = call.fresh or rollouts.wants_computed(place)
     if place.role == "canary":
         try:
-            trial = replace(call, deadline=rollouts.trial_deadline(place.split, call.deadline))
+            deadline = rollouts.trial_deadline(place.split, call.deadline)
+            trial = replace(call, deadline=deadline, fresh=fresh)
             whole = await _whole(attempt, trial, ranking_of)
         except CanaryFailedError as failure:
             plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
@@ -66,7 +68,7 @@ async def answer(
         _count(rollouts, call, ranking_of(whole), started, searched)
         return call, whole
     try:
-        answered = await attempt(call)
+        answered = await attempt(replace(call, fresh=fresh))
     except ApiError as error:
         if error.status >= 500:
             rollouts.answered(place, call.request_id, 0.0, error=True)
@@ -119,10 +121,11 @@ def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, sea
     assert call.plan.place is not None
     degraded = any(report.failure is not None for report in ranking.reports)
     scores = [score for p in ranking.order[:SHOWN] if (score := ranking.rerank_scores[p]) is not None]
+    computed = not any(report.cache_hits for report in ranking.reports)
     rollouts.answered(
         call.plan.place,
         call.request_id,
-        time.monotonic() - started,
+        time.monotonic() - started if computed else None,
         degraded=degraded,
         scores=scores,
         searched=searched,

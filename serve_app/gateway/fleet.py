@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ray import serve
@@ -13,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.gateway.breaker import Breaker
+from serve_app.gateway.fingerprints import Fingerprints
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.recall.messages import RecallRequest, RecallResult
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
@@ -26,14 +29,18 @@ _STATUS_EVERY_S = 2.0
 _ATTEMPTS = 3
 # A timeout says something about a variant only if the variant had at least this long.
 _TELLING_TIMEOUT_S = 1.0
+# A variant that is asked for its fingerprint and answers later than this is asked again.
+_INFO_TIMEOUT_S = 2.0
 
 
 @dataclass(slots=True)
 class AppStatus:
-    """What Serve says of an application: its status word and the replicas that run by deployment."""
+    """What Serve says of an application: its status word, the replicas that run by deployment, and when it was
+    deployed last, in seconds since the epoch."""
 
     status: str
     running: dict[str, int] = field(default_factory=dict)
+    deployed_at_s: float = 0.0
 
 
 class Fleet:
@@ -42,9 +49,11 @@ class Fleet:
     def __init__(self) -> None:
         # None until Serve has answered once.
         self.apps: dict[str, AppStatus] | None = None
+        self.fingerprints = Fingerprints()
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._breakers: dict[str, Breaker] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._asking: dict[str, asyncio.Task[None]] = {}
 
     def watch(self) -> None:
         """Starts following what is deployed, off the request path; does nothing when it already does."""
@@ -52,8 +61,9 @@ class Fleet:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, *self._asking.values()):
+            if task is not None:
+                task.cancel()
 
     def running(self, app: str, deployment: str) -> int | None:
         """Replicas that run now; None when Serve does not know the deployment, or has not been heard yet."""
@@ -77,30 +87,36 @@ class Fleet:
             return await self._call(app, "Rollout", method, *arguments)
 
     async def score(
-        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float, *, mirrored: bool = False
-    ) -> ScoreResult:
-        """Scores all documents of `request`, in calls of `pairs_per_call` that spread over the replicas. What a
-        `mirrored` call meets opens no circuit breaker: live calls may go to the same variant.
+        self,
+        variant: str,
+        request: ScoreRequest,
+        pairs_per_call: int,
+        timeout_s: float,
+        *,
+        mirrored: bool = False,
+        scored: Callable[[int, ScoreResult], None] = lambda part, result: None,
+    ) -> list[ScoreResult]:
+        """Scores all documents of `request`, in calls of `pairs_per_call` that spread over the replicas; their
+        answers in order. `scored` is called with the number and the answer of each as it comes. What a `mirrored`
+        call meets opens no circuit breaker: live calls may go to the same variant.
 
         Raises StageFailure when any part could not be scored, and PromptTooLongError.
         """
+        asked_at = time.monotonic()
         documents = request.documents
         requests = [
             replace(request, documents=documents[i : i + pairs_per_call], timeout_s=timeout_s)
             for i in range(0, len(documents), pairs_per_call)
         ]
-        parts: list[ScoreResult] = await self._guarded(
-            variant, "Reranker", "score", requests, timeout_s, mirrored=mirrored
+
+        def heard(part: int, result: ScoreResult) -> None:
+            self.fingerprints.heard(variant, result.fingerprint, asked_at)
+            scored(part, result)
+
+        results: list[ScoreResult] = await self._guarded(
+            variant, "Reranker", "score", requests, timeout_s, mirrored=mirrored, heard=heard
         )
-        return ScoreResult(
-            scores=[score for part in parts for score in part.scores],
-            logits=[logit for part in parts for logit in part.logits],
-            tokens=sum(part.tokens for part in parts),
-            cached_tokens=sum(part.cached_tokens for part in parts),
-            truncated=sum(part.truncated for part in parts),
-            revision=parts[0].revision,
-            took_ms=max(part.took_ms for part in parts),
-        )
+        return results
 
     async def _guarded(
         self,
@@ -110,9 +126,10 @@ class Fleet:
         requests: Sequence[Any],
         timeout_s: float,
         mirrored: bool = False,
+        heard: Callable[[int, Any], None] = lambda part, result: None,
     ) -> list[Any]:
         """The answers to all `requests` within `timeout_s`; none is sent while the application is known to be
-        down. Whatever goes wrong becomes a StageFailure."""
+        down. `heard` gets each as it comes. Whatever goes wrong becomes a StageFailure."""
         if timeout_s <= 0:
             raise StageFailure("timeout", f"no time was left for {app}")
         if self.running(app, deployment) is None and self.apps is not None:
@@ -124,14 +141,15 @@ class Fleet:
             raise StageFailure("unavailable", f"{app} has not answered its last calls", retry_after_s=1)
         failed: bool | None = None
 
-        async def answer(request: Any) -> Any:
+        async def answer(part: int, request: Any) -> Any:
             result = await self._call(app, deployment, method, request)
             breaker.succeeded()
+            heard(part, result)
             return result
 
         try:
             async with asyncio.timeout(timeout_s):
-                return await all_or_none([answer(request) for request in requests])
+                return await all_or_none([answer(*numbered) for numbered in enumerate(requests)])
         except PromptTooLongError as error:
             breaker.succeeded()
             # Wrapped by Serve's plain mode, its text would be the replica's whole traceback.
@@ -182,7 +200,29 @@ class Fleet:
             except Exception as error:
                 # The controller may be restarting; what was known stays in force.
                 logger.warning("Serve's status could not be read: %s", error)
+            else:
+                self._follow_fingerprints(self.apps)
             await asyncio.sleep(_STATUS_EVERY_S)
+
+    def _follow_fingerprints(self, apps: dict[str, AppStatus]) -> None:
+        variants = {name: app for name, app in apps.items() if "Reranker" in app.running}
+        self.fingerprints.keep(variants)
+        for name, app in variants.items():
+            ask = self.fingerprints.follow(name, app.status, app.running["Reranker"], app.deployed_at_s)
+            if ask and name not in self._asking:
+                task = self._asking[name] = asyncio.get_running_loop().create_task(self._ask_fingerprint(name))
+                task.add_done_callback(partial(self._asked, name))
+
+    def _asked(self, variant: str, task: asyncio.Task[None]) -> None:
+        del self._asking[variant]
+
+    async def _ask_fingerprint(self, variant: str) -> None:
+        asked_at = time.monotonic()
+        # Asked again soon; and what does not know the question says nothing in its answers either.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_INFO_TIMEOUT_S):
+                info = await self._call(variant, "Reranker", "info")
+            self.fingerprints.heard(variant, info.get("fingerprint", ""), asked_at)
 
 
 def _read_status() -> dict[str, AppStatus]:
@@ -193,6 +233,7 @@ def _read_status() -> dict[str, AppStatus]:
                 deployment: status.replica_states.get("RUNNING", 0)
                 for deployment, status in app.deployments.items()
             },
+            app.last_deployed_time_s,
         )
         for name, app in serve.status().applications.items()
     }

@@ -41,6 +41,8 @@ class StageReport:
     name: str
     took_ms: float = 0.0
     pairs: int = 0
+    # Of the pairs: not computed for this call.
+    cache_hits: int = 0
     tokens: int = 0
     cached_tokens: int = 0
     truncated: int = 0
@@ -50,6 +52,7 @@ class StageReport:
     def count(self, result: ScoreResult) -> None:
         """Adds what a call to the stage's variant did."""
         self.pairs += len(result.scores)
+        self.cache_hits += result.cache_hits
         self.tokens += result.tokens
         self.cached_tokens += result.cached_tokens
         self.truncated += result.truncated

@@ -1,10 +1,11 @@
 """From the name a client gives to what will run. Pure."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from serve_app.config import Fusion, GatewaySettings, Stage
+from serve_app.gateway.cache import Patience
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
@@ -51,6 +52,9 @@ class Call:
     max_tokens_per_doc: int | None = None
     # A copy of a call for the canary, whose answer nobody waits for.
     mirrored: bool = False
+    # Scores are to be computed, also where they are known.
+    fresh: bool = False
+    patience: Patience = field(default_factory=Patience)
 
 
 def resolve(

@@ -35,6 +35,9 @@ _LATENCIES = 200
 # take, within these parts; the larger one until that is known.
 _LEAST_KEPT, _MOST_KEPT = 0.1, 0.5
 _STABLE_MARGIN = 1.5
+# On either side of a rollout, one call in this time is computed although its scores may be known: the canary is
+# to be tried and both are to be timed, however much the cache answers.
+_COMPUTED_EVERY_S = 1.0
 
 
 class Ask(Protocol):
@@ -67,6 +70,8 @@ class Rollouts:
         self._unsent: deque[Report] = deque(maxlen=_UNSENT_REPORTS)
         self._gateway, self._seq = uuid.uuid4().hex, 0
         self._latencies: dict[str, _Latencies] = {}
+        # When a call was last computed for a side of a rollout, or was to be.
+        self._computed_at: dict[tuple[str, str], float] = {}
         self._mirrored: set[asyncio.Task[None]] = set()
         self._app: str | None = None
         self._deployed = Deployed()
@@ -103,21 +108,32 @@ class Rollouts:
         self,
         place: Place,
         request_id: str,
-        took_s: float,
+        took_s: float | None,
         *,
         error: bool = False,
         degraded: bool = False,
         scores: Sequence[float] = (),
         searched: bool = False,
     ) -> None:
-        """Counts a call that `place` put somewhere: an answer, or that there was none."""
+        """Counts a call that `place` put somewhere: an answer, or that there was none. `took_s` is None for an
+        answer with scores from the cache, of which the two sides have unequal parts."""
         now = time.time()
         figures = self._counters.at(place.split.rollout, place.role, now)
-        figures.add(took_s * 1e3, error=error, degraded=degraded, scores=scores)
-        if place.role == "stable" and not error:
-            self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
+        figures.add(None if took_s is None else took_s * 1e3, error=error, degraded=degraded, scores=scores)
+        if took_s is not None and not error:
+            self._computed_at[place.split.rollout, place.role] = time.monotonic()
+            if place.role == "stable":
+                self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
         if searched and not error and len(self._searches) < _UNSENT_SEARCHES:
             self._searches.append(Search(request_id, place.split.rollout, place.role, now))
+
+    def wants_computed(self, place: Place) -> bool:
+        """Whether the scores of the call that comes are to be computed, also those that are known."""
+        side, now = (place.split.rollout, place.role), time.monotonic()
+        if now - self._computed_at.get(side, float("-inf")) < _COMPUTED_EVERY_S:
+            return False
+        self._computed_at[side] = now
+        return True
 
     def trial_deadline(self, split: Split, deadline: Deadline) -> Deadline:
         """Until when the canary may answer, so that stable can after it."""
@@ -175,6 +191,7 @@ class Rollouts:
         del self._searches[: len(searches)]
         live = {split.rollout for splits in self._splits.by_route.values() for split in splits if split.live}
         self._latencies = {name: found for name, found in self._latencies.items() if name in live}
+        self._computed_at = {side: at for side, at in self._computed_at.items() if side[0] in live}
 
 
 def deployed(settings: GatewaySettings) -> Deployed:

@@ -14,10 +14,13 @@ from serve_app.gateway import lexical
 from serve_app.gateway.canary import SHOWN, answer
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.fleet import Fleet, all_or_none
+from serve_app.gateway.fusion import best_first
+from serve_app.gateway.keys import Key, Keys
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
 from serve_app.gateway.plan import Call, variants_in_use
 from serve_app.gateway.rollouts import Rollouts
+from serve_app.gateway.scoring import Scoring
 from serve_app.gateway.scripts import foreign_letter
 from serve_app.recall.messages import Candidate, RecallRequest
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
@@ -37,7 +40,11 @@ class Service:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self.keys = Keys()
+        # The gateway's own, whose replicas share a key's rate.
+        self.application: str | None = None
         self.rollouts = Rollouts(fleet.ask)
+        self.scoring = Scoring(fleet)
         self._settings: GatewaySettings | None = None
         # What is wrong with settings that were refused while older ones stay in force.
         self.settings_error: str | None = None
@@ -57,6 +64,7 @@ class Service:
         try:
             self._settings = GatewaySettings.model_validate(user_config)
             self.settings_error = None
+            self.scoring.configure(self._settings.cache)
         except ValidationError as error:
             message = explain(error, "user_config")
             if self._settings is None:
@@ -77,6 +85,11 @@ class Service:
 
     def leave(self) -> None:
         self._calls -= 1
+
+    def spend(self, key: Key | None, pairs: int) -> None:
+        """Counts `pairs` against the rate of the key. Raises ApiError."""
+        gateways = self.fleet.running(self.application, "Gateway") if self.application else None
+        self.keys.spend(key, pairs, gateways or 1)
 
     async def search(
         self, call: Call, query: str, *, recall_k: int | None, top_n: int, rerank: bool
@@ -148,12 +161,9 @@ class Service:
             raise _nothing_possible(failure) from failure
         return recalled.candidates, (time.monotonic() - started) * 1e3
 
-    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[list[float], StageReport]:
-        """The last stage's score of every (query, document) pair. There is no fallback: a score is a model's
-        number or an error."""
-        if not call.plan.stages:
-            raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
-        stage = call.plan.stages[-1]
+    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[Call, Ranking]:
+        """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered. BM25
+        is no stand-in here: a score is a model's number or an error."""
         check_documents(call.settings, [document for _, document in pairs], "text_2")
         positions_of: dict[str, list[int]] = {}
         for position, (query, document) in enumerate(pairs):
@@ -162,6 +172,25 @@ class Service:
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
             check_query(call.settings, query, "text_1")
+
+        async def attempt(call: Call) -> Ranking:
+            return await self._score(call, pairs, positions_of)
+
+        return await answer(
+            self.rollouts,
+            call,
+            attempt,
+            ranking_of=lambda ranking: ranking,
+            order_of=lambda ranking: ranking.order[:SHOWN],
+            searched=False,
+        )
+
+    async def _score(
+        self, call: Call, pairs: Sequence[tuple[str, str]], positions_of: dict[str, list[int]]
+    ) -> Ranking:
+        if not call.plan.stages:
+            raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
+        stage = call.plan.stages[-1]
         started = time.monotonic()
         scorer = self._scorer(call)
         places = asyncio.Semaphore(_QUERIES_AT_ONCE)
@@ -181,7 +210,7 @@ class Service:
             report.count(result)
             for position, value in zip(positions, result.scores, strict=True):
                 scores[position] = value
-        return scores, report
+        return Ranking(best_first(scores), scores, list(scores), [[] for _ in scores], [report])
 
     async def _rank(
         self,
@@ -225,8 +254,14 @@ class Service:
             )
             pairs_per_call = call.settings.variants[stage.variant].pairs_per_call
             try:
-                result = await self.fleet.score(
-                    stage.variant, request, pairs_per_call, timeout_s, mirrored=call.mirrored
+                result = await self.scoring.score(
+                    stage.variant,
+                    request,
+                    pairs_per_call,
+                    timeout_s,
+                    mirrored=call.mirrored,
+                    fresh=call.fresh,
+                    patience=call.patience,
                 )
             except PromptTooLongError as error:
                 raise ApiError("prompt_too_long", str(error), param="query") from None
@@ -235,9 +270,7 @@ class Service:
             worst = min(0.0, *result.scores) - _BELOW
             scores = iter(result.scores)
             spread = [worst if is_blank(document) else next(scores) for document in documents]
-            return ScoreResult(
-                spread, [], result.tokens, result.cached_tokens, result.truncated, result.revision, result.took_ms
-            )
+            return replace(result, scores=spread)
 
         return score
 
@@ -269,6 +302,8 @@ class Service:
         body: dict[str, Any] = {"ready": ready, "applications": applications}
         if self.settings_error is not None:
             body["settings_error"] = self.settings_error
+        if self.keys.problem is not None:
+            body["keys_error"] = self.keys.problem
         return ready, body
 
 

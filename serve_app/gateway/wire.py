@@ -141,8 +141,11 @@ class StageMeta(BaseModel):
     name: str = Field(description="`recall`, or the variant.")
     took_ms: float
     pairs: int = 0
-    tokens: int = 0
-    cached_tokens: int = 0
+    cache_hits: int = Field(
+        default=0, description="Of the pairs, those whose score was known, or being computed for another call."
+    )
+    tokens: int = Field(default=0, description="Of the pairs that were computed; so the next two.")
+    cached_tokens: int = Field(default=0, description="Tokens of prompts that begin as an earlier one did.")
     truncated: int = Field(default=0, description="Documents that lost tokens.")
     skipped: str | None = Field(default=None, description="Why the stage was left out on purpose.")
 

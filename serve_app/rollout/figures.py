@@ -56,7 +56,8 @@ class Mirror:
 
 @dataclass(slots=True)
 class Figures:
-    """Calls of one side. `latency` and `scores` count by bin; `scored` calls brought scores."""
+    """Calls of one side. `latency` and `scores` count by bin; `scored` calls brought scores. Latencies are of
+    calls whose scores were all computed for them."""
 
     calls: int = 0
     errors: int = 0
@@ -67,16 +68,23 @@ class Figures:
     mirror: Mirror = field(default_factory=Mirror)
 
     def add(
-        self, latency_ms: float, *, error: bool = False, degraded: bool = False, scores: Sequence[float] = ()
+        self,
+        latency_ms: float | None,
+        *,
+        error: bool = False,
+        degraded: bool = False,
+        scores: Sequence[float] = (),
     ) -> None:
         """Counts a call. `scores` are its relevance scores, best first, of which the first ten count; what is
-        outside [0, 1] goes to the nearest bin. An error's latency is left out: failing fast is no speed."""
+        outside [0, 1] goes to the nearest bin. An error's latency is left out: failing fast is no speed. So is
+        one that says nothing of the side's models (None)."""
         self.calls += 1
         if error:
             self.errors += 1
             return
         self.degraded += degraded
-        self.latency[math.ceil(math.log(max(latency_ms, _MIN_LATENCY_MS)) / _LOG_GAMMA)] += 1
+        if latency_ms is not None:
+            self.latency[math.ceil(math.log(max(latency_ms, _MIN_LATENCY_MS)) / _LOG_GAMMA)] += 1
         finite = [score for score in scores[:DEPTH] if math.isfinite(score)]
         self.scored += bool(finite)
         for score in finite:

@@ -55,11 +55,22 @@ class FleetDouble(Fleet):
         return RecallResult(self.recalls(request), 0.1)
 
     async def score(
-        self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float, *, mirrored: bool = False
-    ) -> ScoreResult:
+        self,
+        variant: str,
+        request: ScoreRequest,
+        pairs_per_call: int,
+        timeout_s: float,
+        *,
+        mirrored: bool = False,
+        scored: Callable[[int, ScoreResult], None] = lambda part, result: None,
+    ) -> list[ScoreResult]:
         self.asked.append((variant, request))
         scores = self.scores(variant, request)
-        return ScoreResult(scores, scores, 7 * len(scores), 0, 0, "r1", 0.1)
+        size = pairs_per_call
+        return [
+            ScoreResult(some, some, 7 * len(some), 0, 0, "r1", 0.1)
+            for some in (scores[i : i + size] for i in range(0, len(scores), size))
+        ]
 
 
 class Gateway:
