@@ -48,14 +48,24 @@ def refused(answer, *says):
 
 
 def sides(fleet, n=32):
-    """How many of `n` users each pipeline answers."""
+    """How many of `n` users each pipeline gets, whoever answers in its stead."""
+
+    def pipeline(i):
+        meta = fleet.search(route=ROUTE, user=f"u{i}")["meta"]
+        return "for a canary" if meta["why"] == "fallback" else meta["pipeline"]
+
     with ThreadPoolExecutor(8) as threads:
-        answers = threads.map(lambda i: fleet.search(route=ROUTE, user=f"u{i}"), range(n))
-    return Counter(answer["meta"]["pipeline"] for answer in answers)
+        return Counter(threads.map(pipeline, range(n)))
 
 
 def wait_for_sides(fleet, *pipelines):
-    return wait_for(lambda: (seen := sides(fleet)).keys() == set(pipelines) and seen, 15, 0.1, f"{pipelines}")
+    # The same twice: weights may reach the gateway in between.
+    return wait_for(
+        lambda: (seen := sides(fleet)).keys() == set(pipelines) and sides(fleet) == seen and seen,
+        15,
+        0.1,
+        f"{pipelines}",
+    )
 
 
 def test_commands_move_a_rollout_and_are_refused_where_they_do_not_fit(fleet, start):
@@ -70,7 +80,8 @@ def test_commands_move_a_rollout_and_are_refused_where_they_do_not_fit(fleet, st
 
     resumed = operator.act(rollout, "resume")
     assert resumed.status_code == 200
-    assert resumed.json()["step"] == 2
+    # It may have gone on already.
+    assert resumed.json()["step"] in (2, 3)
     assert operator.wait(rollout, status="paused", step=3)["weight"] == 60
 
     promoted = operator.act(rollout, "promote")

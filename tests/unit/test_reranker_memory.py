@@ -305,7 +305,9 @@ def test_needs_rise_with_every_dimension(
     assert need(shape, max_num_batched_tokens=2 * batch) >= least
     assert need(shape, dtype="float32") >= least
     assert need(shape, tensor_parallel_size=2) <= least
-    assert need(shape, quantization="fp8_per_tensor") <= need(shape, quantization=None)
+    # While it loads, one layer is there twice.
+    if shape["num_hidden_layers"] >= 4:
+        assert need(shape, quantization="fp8_per_tensor") <= need(shape, quantization=None)
 
 
 # What is refused
