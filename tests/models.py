@@ -118,6 +118,26 @@ def tiny_qwen3(folder: str | Path) -> Path:
     return _once(Path(folder), _make_qwen3)
 
 
+def qwen3(folder: str | Path, **shape: int) -> Path:
+    """As `tiny_qwen3`, in another shape."""
+    return _once(Path(folder), lambda draft: _make_qwen3(draft, shape))
+
+
+def qwen3_without_weights(folder: str | Path, **shape: int) -> Path:
+    """Qwen3ForCausalLM of a given shape, for `engine.load_format: dummy`: its scores mean nothing."""
+
+    def make(draft: Path) -> None:
+        tokenizer = qwen_tokenizer()
+        config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+        config |= {"vocab_size": tokenizer.get_vocab_size(), "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6}
+        config |= {"max_position_embeddings": 4096, "hidden_act": "silu", "rope_theta": 1_000_000}
+        (draft / "config.json").write_text(json.dumps(config | shape))
+        settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        _save_tokenizer(draft, tokenizer, settings)
+
+    return _once(Path(folder), make)
+
+
 def tiny_cross_encoder(folder: str | Path) -> Path:
     """A BertForSequenceClassification with one label, WordPiece, and token types that matter."""
     return _once(Path(folder), _make_bert)
@@ -212,28 +232,25 @@ def unigram_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _make_qwen3(folder: Path) -> None:
+def _make_qwen3(folder: Path, shape: dict[str, int] | None = None) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = qwen_tokenizer()
     torch.manual_seed(7)
+    tiny = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32}
+    tiny |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     config = Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.token_to_id("<|im_end|>"),
+        **(tiny | (shape or {})),
     )
     model = Qwen3ForCausalLM(config).eval()
     _spread(model)
     yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
-    prompts = [tokenizer.encode(_judge(q, d)).ids for q, d in _pairs(300)]
+    prompts = [tokenizer.encode(_judge(q, d)).ids for q, d in _pairs(60 if shape else 300)]
     rows = model.get_output_embeddings().weight
     # The head is tied, so it changes what the prompt's own "yes" and "no" mean: a few rounds settle it.
     for _ in range(3):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import serve
@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app import __version__
 from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
-from serve_app.reranker.engine import Engine, cpu_has_bf16, device, prepare_environment
+from serve_app.reranker.engine import Engine, Task, cpu_has_bf16, device, prepare_environment, start
 from serve_app.reranker.engine_args import check_engine_args, engine_settings
 from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
 from serve_app.reranker.memory import CONTEXT_BYTES
@@ -59,7 +59,7 @@ class Reranker:
     """One replica: a model in an engine of its own."""
 
     async def __init__(self, args: RerankerArgs) -> None:  # type: ignore[misc]
-        start = time.monotonic()
+        began = time.monotonic()
         resources = ray.get_runtime_context().get_assigned_resources()
         gpus = resources.get("GPU", 0)
         prepare_environment(resources.get("CPU", 0))
@@ -79,13 +79,13 @@ class Reranker:
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
-            f"max_model_len {self._max_model_len}) after {time.monotonic() - start:.1f} s."
+            f"max_model_len {self._max_model_len}) after {time.monotonic() - began:.1f} s."
         )
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores the documents. Raises PromptTooLongError, EngineError, or TimeoutError after
         `request.timeout_s`; then, and when the call is cancelled, its pairs are aborted in the engine."""
-        start = time.monotonic()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(request.timeout_s):
                 # On a thread: tokenising would hold up the loop, which in fast mode is the replica's only one.
@@ -108,7 +108,7 @@ class Reranker:
             cached_tokens=pooled.cached_tokens,
             truncated=built.truncated,
             revision=self._model.revision,
-            took_ms=(time.monotonic() - start) * 1000,
+            took_ms=(time.monotonic() - began) * 1000,
             fingerprint=self._fingerprint,
         )
 
@@ -166,12 +166,12 @@ def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], nam
     card_bytes = min((card.total_bytes for card in cards), default=None)
     settings = engine_settings(args, model, built_for, gpus, cpu_has_bf16(), card_bytes)
     check_head_rows(args, model, settings.get("tensor_parallel_size") or 1)
-    task: Literal["embed", "classify"] = "embed" if args.kind == "bi-encoder" else "classify"
+    task: Task = "embed" if args.kind == "bi-encoder" else "classify"
     if built_for == "cpu" or card_bytes is None:
-        return Engine(settings, task)
+        return start(settings, task)
     with turn(cards, name):
         wait_for_memory(cards, int(settings["gpu_memory_utilization"] * card_bytes) + CONTEXT_BYTES)
-        return Engine(settings, task)
+        return start(settings, task)
 
 
 def _software() -> str:

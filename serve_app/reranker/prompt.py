@@ -68,15 +68,16 @@ class YesNoPrompts:
         head_ids = encode_batch(self._plain, [head])[0]
         middle_limit = self._max_model_len - len(self._prefix) - len(self._suffix)
         room = _room(middle_limit - len(head_ids), self._max_model_len, "instruction, query and template")
-        limit = len(head_ids) + min(room, request.max_tokens_per_doc or room)
-        middles = self._middles(head, head_ids, request.documents)
-        prompts = [Prompt(self._prefix + middle[:limit] + self._suffix) for middle in middles]
-        return Prompts(prompts, sum(len(middle) > limit for middle in middles))
-
-    def _middles(self, head: str, head_ids: list[int], documents: list[str]) -> list[list[int]]:
+        limit = min(room, request.max_tokens_per_doc or room)
         if self._cuts:
-            return [head_ids + ids for ids in encode_batch(self._plain, [f" {d}" for d in documents])]
-        return encode_batch(self._plain, [f"{head} {d}" for d in documents])
+            before = self._prefix + head_ids
+            encoded = encode_batch(self._plain, [f" {d}" for d in request.documents])
+        else:
+            before = self._prefix
+            encoded = encode_batch(self._plain, [f"{head} {d}" for d in request.documents])
+            limit += len(head_ids)
+        prompts = [Prompt(before + ids[:limit] + self._suffix) for ids in encoded]
+        return Prompts(prompts, sum(len(ids) > limit for ids in encoded))
 
     def _can_cut(self) -> bool:
         """Whether no token ever reaches over the cut: the pre-tokenizer parts the text there, and samples of all

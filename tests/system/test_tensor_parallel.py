@@ -1,4 +1,4 @@
-"""Scores over two workers equal those of one. On the CPU, where the head is divided as it is over GPUs."""
+"""Scores over two workers equal those of one, in-process. On the CPU, where the head is divided as over GPUs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests import models
 SCORE = """
 import asyncio, json, sys
 from serve_app.config import RerankerArgs
-from serve_app.reranker.engine import Engine, prepare_environment
+from serve_app.reranker.engine import prepare_environment, start
 
 def main():
     prepare_environment(1)
@@ -29,10 +29,10 @@ def main():
     args = RerankerArgs(model=sys.argv[1], kind="qwen3-reranker", engine=engine)
     model = resolve(args)
     check_head_rows(args, model, ranks)
-    running = Engine(engine_settings(args, model, "cpu", 0), "classify")
+    running = start(engine_settings(args, model, "cpu", 0), "classify")
     built = _prompts(args, model, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
     pooled = asyncio.run(running.pool(built.prompts))
-    print("LOGITS", json.dumps([float(vector[0]) for vector in pooled.vectors]))
+    print("LOGITS", json.dumps(pooled.vectors[:, 0].tolist()))
     running.close()
 
 if __name__ == "__main__":

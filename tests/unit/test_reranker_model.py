@@ -275,7 +275,7 @@ def test_cpu_cache_holds_the_longest_prompt_or_is_refused() -> None:
 
 
 def test_scores_are_sigmoids_in_double_precision() -> None:
-    logits, scores = sigmoids([np.array([x], np.float32) for x in (-100, -4, 0, 4, 100)])
+    logits, scores = sigmoids(np.array([[-100], [-4], [0], [4], [100]], np.float32))
     assert logits == [-100, -4, 0, 4, 100]
     assert scores[2] == 0.5
     assert scores[0] == pytest.approx(math.exp(-100), rel=1e-9)
@@ -285,14 +285,14 @@ def test_scores_are_sigmoids_in_double_precision() -> None:
 @pytest.mark.parametrize("vector", [[], [1.0, 2.0], [math.nan], [math.inf]])
 def test_anything_but_one_finite_logit_is_no_score(vector: list[float]) -> None:
     with pytest.raises(ValueError, match="one finite logit"):
-        sigmoids([np.array(vector, np.float32)])
+        sigmoids(np.array([vector], np.float32))
 
 
 def test_cosines_ignore_length_and_survive_zeros() -> None:
     query = np.array([3, 4], np.float32)
-    documents = [np.array(v, np.float32) for v in ([6, 8], [-3, -4], [4, -3], [0, 0])]
+    documents = np.array([[6, 8], [-3, -4], [4, -3], [0, 0]], np.float32)
     assert cosines(query, documents) == pytest.approx([1, -1, 0, 0])
-    assert cosines(query, []) == []
+    assert cosines(query, documents[:0]) == []
 
 
 def test_callers_load_neither_ray_nor_an_engine() -> None:

@@ -1,0 +1,229 @@
+"""Ways to drive vLLM's engine, measured in turns: pairs a second from ready-made token ids, on a model that is all
+overhead and on one that computes.
+
+    python -m bench.engine [--rounds 5]
+"""
+
+import argparse
+import asyncio
+import itertools
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from bench.common import Spread, percentile, save, show
+from serve_app.config import RerankerArgs
+from serve_app.reranker.engine import Engine, cpu_has_bf16, prepare_environment
+from serve_app.reranker.engine_args import engine_settings
+from serve_app.reranker.messages import ScoreRequest
+from serve_app.reranker.model import Model, resolve
+from serve_app.reranker.prompt import Prompt
+from tests import models
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    },
+    "25m": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+WAYS = {
+    "bare": "LLM.encode, one list of all calls",
+    "public": "B: AsyncLLM.encode for each pair",
+    "async": "C: batches to the core, apart",
+    "inprocess": "E: batches to the core, in process",
+    "text": "E with tokenising and scores",
+}
+PAIRS, AT_ONCE, SECONDS = 200, (1, 8), 1.5
+_HEAD, _QUERY, _DOCUMENT, _SUFFIX = 62, 8, 35, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    result = run(parser.parse_args().rounds)
+    for shape, ways in result["pairs_per_s"].items():
+        heads = ["way", *(f"{calls} x {PAIRS} pairs" for calls in AT_ONCE), "loop's lag, p99 ms", "ready in s"]
+        rows = [
+            [WAYS[way], *(spread.text(4) for spread in found["rates"]), found["lag_p99_ms"], found["ready_s"]]
+            for way, found in ways.items()
+        ]
+        show(f"{shape}, pairs a second", heads, rows)
+    print(save("engine", result))
+
+
+def run(
+    rounds: int, shapes: tuple[str, ...] = tuple(SHAPES), ways: tuple[str, ...] = tuple(WAYS)
+) -> dict[str, Any]:
+    """Every way in a process of its own, all of them loaded, and one at a time working."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {"rounds": rounds, "pairs_per_s": {s: _compare(Path(folder), s, ways, rounds) for s in shapes}}
+
+
+def _compare(root: Path, shape: str, ways: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    folder = models.qwen3_without_weights(root / shape, **SHAPES[shape])
+    spawn = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    ready_s, rates, lags = {}, {way: [[] for _ in AT_ONCE] for way in ways}, {way: [] for way in ways}
+    try:
+        for way in ways:
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(way, str(folder), there))
+            process.start()
+            workers[way] = process, here
+            ready_s[way] = _receive(here)
+        for _, (i, calls), way in itertools.product(range(rounds), enumerate(AT_ONCE), ways):
+            workers[way][1].send(calls)
+            rate, lag_ms = _receive(workers[way][1])
+            rates[way][i].append(rate)
+            lags[way].append(lag_ms)
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.join(30)
+            process.kill()
+    return {
+        way: {
+            "rates": [Spread.of(found) for found in rates[way]],
+            "lag_p99_ms": f"{statistics.median(lags[way]):.1f}",
+            "ready_s": f"{ready_s[way]:.1f}",
+        }
+        for way in ways
+    }
+
+
+def _receive(pipe: Connection) -> Any:
+    if not pipe.poll(240):
+        raise TimeoutError("a worker says nothing for 240 s")
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _work(way: str, folder: str, pipe: Connection) -> None:
+    began = time.monotonic()
+    prepare_environment(os.cpu_count() or 1)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    args = RerankerArgs(
+        model=folder, kind="qwen3-reranker", engine={"max_model_len": 1024, "load_format": "dummy"}
+    )
+    model = resolve(args)
+    settings = engine_settings(args, model, "cpu", 0, cpu_has_bf16())
+    random.seed(way)
+    if way == "bare":
+        measure, close = _bare(settings)
+    else:
+        measure, close = _ours(way, args, model, settings)
+    measure(1)
+    pipe.send(time.monotonic() - began)
+    try:
+        while True:
+            pipe.send(measure(pipe.recv()))
+    except EOFError:
+        close()
+
+
+def _bare(settings: dict[str, Any]) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
+    from vllm import LLM, PoolingParams, TokensPrompt
+
+    llm = LLM(**settings)
+    params = PoolingParams(task="classify", use_activation=False)
+
+    def measure(calls: int) -> tuple[float, float]:
+        pairs = took = 0.0
+        while took < SECONDS:
+            batch = [TokensPrompt(prompt_token_ids=p.ids) for _ in range(calls) for p in _prompts()]
+            began = time.perf_counter()
+            answered = llm.encode(batch, params, pooling_task="classify", use_tqdm=False)
+            took += time.perf_counter() - began
+            pairs += len(answered)
+        return pairs / took, 0.0
+
+    return measure, lambda: None
+
+
+def _ours(
+    way: str, args: RerankerArgs, model: Model, settings: dict[str, Any]
+) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
+    from serve_app.reranker.async_engine import AsyncEngine
+    from serve_app.reranker.deployment import _prompts as builder_of
+    from serve_app.reranker.inprocess_engine import InProcessEngine
+    from serve_app.reranker.public_engine import PublicEngine
+    from serve_app.reranker.scores import sigmoids
+
+    kinds = {"public": PublicEngine, "async": AsyncEngine, "inprocess": InProcessEngine, "text": InProcessEngine}
+    engine: Engine = kinds[way](settings, "classify")
+    builder = builder_of(args, model, 1024)
+    runner = asyncio.Runner()
+
+    async def ids(prompts: list[Prompt]) -> None:
+        await engine.pool(prompts)
+
+    async def text(request: ScoreRequest) -> None:
+        built = await asyncio.to_thread(builder.build, request)
+        sigmoids((await engine.pool(built.prompts)).vectors)
+
+    async def batch(calls: int) -> tuple[float, list[float]]:
+        given: list[Any] = [_request() if way == "text" else _prompts() for _ in range(calls)]
+        lags: list[float] = []
+        probe = asyncio.create_task(_probe(lags))
+        began = time.perf_counter()
+        await asyncio.gather(*((text if way == "text" else ids)(one) for one in given))
+        took = time.perf_counter() - began
+        probe.cancel()
+        return took, lags
+
+    def measure(calls: int) -> tuple[float, float]:
+        pairs, took, lags = 0, 0.0, [0.0]
+        while took < SECONDS:
+            seconds, more = runner.run(batch(calls))
+            took, pairs, lags = took + seconds, pairs + calls * PAIRS, lags + more
+        return pairs / took, percentile(lags, 0.99) * 1000
+
+    return measure, engine.close
+
+
+async def _probe(lags: list[float]) -> None:
+    """How late the loop comes to what is due."""
+    while True:
+        due = time.perf_counter() + 0.005
+        await asyncio.sleep(0.005)
+        lags.append(time.perf_counter() - due)
+
+
+_ids: Iterator[int] = iter(lambda: random.randrange(5, 1000), None)
+_head = list(itertools.islice(_ids, _HEAD))
+
+
+def _prompts() -> list[Prompt]:
+    """A call's: the same head as all calls', a query of its own, and documents that weren't seen before."""
+    head = _head + list(itertools.islice(_ids, _QUERY))
+    return [Prompt(head + list(itertools.islice(_ids, _DOCUMENT + _SUFFIX))) for _ in range(PAIRS)]
+
+
+def _request() -> ScoreRequest:
+    rng = random.Random(random.random())
+    return ScoreRequest(models.text(rng, 5), [models.text(rng, 12) for _ in range(PAIRS)])
+
+
+if __name__ == "__main__":
+    main()
