@@ -45,7 +45,8 @@ class Gateway:
         try:
             self._http = httpx.AsyncClient(
                 base_url=self.url,
-                headers=bearer(API_KEY),
+                # What is measured is the pipeline, not the score cache.
+                headers={**bearer(API_KEY), "Cache-Control": "no-cache"},
                 timeout=timeout_s + _GRACE_S,
                 limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
                 transport=transport,

@@ -10,7 +10,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,8 +62,9 @@ class _Latencies:
 class Rollouts:
     """One per gateway replica, on its event loop."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, clock: Callable[[], float] = time.monotonic) -> None:
         self._ask = ask
+        self.clock = clock
         self._splits = Splits()
         self._counters = Counters()
         self._searches: list[Search] = []
@@ -121,7 +122,7 @@ class Rollouts:
         figures = self._counters.at(place.split.rollout, place.role, now)
         figures.add(None if took_s is None else took_s * 1e3, error=error, degraded=degraded, scores=scores)
         if took_s is not None and not error:
-            self._computed_at[place.split.rollout, place.role] = time.monotonic()
+            self._computed_at[place.split.rollout, place.role] = self.clock()
             if place.role == "stable":
                 self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
         if searched and not error and len(self._searches) < _UNSENT_SEARCHES:
@@ -129,7 +130,7 @@ class Rollouts:
 
     def wants_computed(self, place: Place) -> bool:
         """Whether the scores of the call that comes are to be computed, also those that are known."""
-        side, now = (place.split.rollout, place.role), time.monotonic()
+        side, now = (place.split.rollout, place.role), self.clock()
         if now - self._computed_at.get(side, float("-inf")) < _COMPUTED_EVERY_S:
             return False
         self._computed_at[side] = now

@@ -19,8 +19,6 @@ def gateway(*variants: str) -> dict[str, Any]:
         "variants": {name: {"pairs_per_call": 16} for name in variants},
         "pipelines": {"rerank": {"stages": [{"variant": variants[0]}]}},
         "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 3000}},
-        # Everything is to be work.
-        "cache": None,
         # The load is to reach the replicas.
         "cache": None,
     }

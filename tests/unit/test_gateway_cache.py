@@ -1,6 +1,7 @@
 """The score cache over a fleet whose replicas are functions: only what stands behind Serve handles is replaced."""
 
 import asyncio
+import functools
 import json
 import random
 import time
@@ -21,6 +22,9 @@ from serve_app.gateway.fleet import AppStatus, Fleet
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.gateway.scoring import Scoring
 from serve_app.reranker.messages import EngineError, PromptTooLongError, ScoreRequest, ScoreResult
+from serve_app.rollout.figures import Figures
+from serve_app.rollout.messages import Splits
+from serve_app.rollout.split import Split
 from tests.unit.gateway_double import SETTINGS, Gateway
 
 MIB = 2**20
@@ -658,3 +662,62 @@ def test_a_password_is_not_shown_with_the_settings():
     loaded = GatewaySettings.model_validate({**SETTINGS, "cache": {"redis": url}})
     assert loaded.cache is not None
     assert "secret" not in repr(loaded)
+
+
+# ---- rollouts
+
+
+class RolledOut:
+    """A gateway of which `placed` says where the route's calls go: `small` is stable's variant, `large` the
+    canary's."""
+
+    def __init__(self, role: str, shadow: float = 0.0) -> None:
+        self.fleet = ReplicasWithRecall()
+        pipelines = {name: {"stages": [{"variant": v}]} for name, v in (("old", "small"), ("new", "large"))}
+        routes = {"default": {"weights": {"old": 100}, "timeout_ms": 5000}}
+        self.gateway = Gateway(
+            self.fleet, {"variants": SETTINGS["variants"], "pipelines": pipelines, "routes": routes}
+        )
+        split = Split("r1", "default", "old", "new", 100.0 if role == "canary" else 0.0, shadow)
+        self.rollouts = self.gateway.service.rollouts
+        self.rollouts._splits = Splits({"default": (split,)})
+
+    def ask(self, *documents: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.gateway.post("/v1/rerank", {"query": "q", "documents": documents}).json()
+        return answer
+
+    def figures(self) -> Figures:
+        return functools.reduce(Figures.merge, (row[-1] for row in self.rollouts._counters.rows()))
+
+
+@pytest.mark.parametrize("role", ["stable", "canary"])
+def test_a_rollout_times_only_calls_that_are_computed_and_has_one_a_second(role):
+    fleet = RolledOut(role)
+    clock = Clock()
+    fleet.rollouts.clock = clock
+    for _ in range(5):
+        fleet.ask("a")
+    assert fleet.fleet.computed == {"a": 1}
+    assert (fleet.figures().calls, fleet.figures().answered) == (5, 1)
+    clock.now += 1.01
+    for _ in range(5):
+        fleet.ask("a")
+    assert fleet.fleet.computed == {"a": 2}, "though it was known: the canary is to be tried"
+    assert (fleet.figures().calls, fleet.figures().answered) == (10, 2)
+    fleet.ask("b")
+    fleet.ask("b", "c")
+    assert fleet.fleet.computed == {"a": 2, "b": 1, "c": 1}
+    assert (fleet.figures().calls, fleet.figures().answered) == (12, 3)
+
+
+def test_stable_answers_for_a_canary_from_the_cache():
+    fleet = RolledOut("canary")
+
+    async def breaks(request):
+        raise EngineError("broke")
+
+    fleet.gateway.post("/v1/rerank", {"query": "q", "documents": ["a"], "model": "small"})
+    fleet.fleet.before = breaks
+    answer = fleet.ask("a")
+    assert answer["meta"]["why"] == "fallback"
+    assert answer["meta"]["stages"][0]["cache_hits"] == 1
