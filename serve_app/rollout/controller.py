@@ -5,12 +5,13 @@ from the store, so that every controller answers it.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from pydantic import ValidationError
 
 from serve_app.config import closest, explain
 from serve_app.rollout.document import RolloutDocument
-from serve_app.rollout.figures import Clicks, Figures
-from serve_app.rollout.guards import METRICS, Verdict, judge
+from serve_app.rollout.facts import Looks, NotReady, Readiness
+from serve_app.rollout.figures import Figures
+from serve_app.rollout.guards import Verdict, judge
 from serve_app.rollout.machine import Action, Change, Facts, RefusedError, State, advance, command, describe
 from serve_app.rollout.messages import Deployed, News, Reply, Splits
 from serve_app.rollout.split import Split, place
@@ -37,6 +39,7 @@ from serve_app.rollout.store import (
     Transition,
     UnknownRolloutError,
 )
+from serve_app.rollout.window import clicks
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,16 +47,13 @@ TICK_S = 0.5
 LEASE_S = 5.0
 # Guards look at new figures this often.
 _LOOK_S = 2.0
-# Reports that are older are no longer expected, so that older buckets are added up once.
-_SETTLED_S = 30.0
-# Clicks come after their search; a minute's are taken for complete this long after it.
-_CLICKS_AFTER_S = 120.0
+# A tick waits so long in all for the fleet and for figures; what takes longer is there for a later one.
+_PATIENCE_S = 1.0
+# What is in force is read anew when it is older, as it is where this process was frozen.
+_SPLITS_S = 2.0
+# Rollouts that may be new since they were last read; all, where that was long ago.
+_NEW, _ALL, _AWAY_S = 200, 1_000_000, 30.0
 _COMMAND_LIMIT_S = 10.0
-_NOT_READY_LIMIT_S = 3.0
-_ROLES = ("canary", "stable")
-
-# Variants of those given that have no running replica.
-NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
 
 
 class Controller:
@@ -62,11 +62,15 @@ class Controller:
     def __init__(self, store: Store, not_ready: NotReady, holder: str | None = None) -> None:
         self.store = store
         self.holder = holder or f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        self._not_ready = not_ready
         self._lease: Lease | None = None
-        self._windows: dict[str, _Window] = {}
+        self._looks = Looks(store)
+        self._readiness = Readiness(not_ready)
+        self._patient_until = 0.0
         self._deployed: dict[str, tuple[float, Deployed]] = {}
-        self._splits: Splits | None = None
+        self._splits = Splits()
+        self._splits_at = float("-inf")
+        # Unfinished and promoted ones, oldest first: others never come into force again.
+        self._open: list[str] = []
         self._failing = ""
         self._stuck: dict[str, str] = {}
 
@@ -78,18 +82,20 @@ class Controller:
             try:
                 await self.tick()
                 self._failing = ""
-            except StaleLeaseError:
+            except StaleLeaseError as error:
                 self._lease = None
-                self._windows.clear()
-                logger.warning("rollouts: another controller has taken over")
+                self._looks.clear()
+                logger.warning("rollouts: %s", error)
             except StoreError as error:
                 # Gateways send what they counted meanwhile, so that windows are added up anew.
-                self._windows.clear()
+                self._looks.clear()
                 if str(error) != self._failing:
                     logger.error("rollouts stand still: %s", error)
                 self._failing = str(error)
-            except Exception:
-                logger.exception("rollouts: a look failed")
+            except Exception as error:
+                if repr(error) != self._failing:
+                    logger.exception("rollouts stand still")
+                self._failing = repr(error)
             await asyncio.sleep(TICK_S)
 
     async def close(self) -> None:
@@ -98,28 +104,37 @@ class Controller:
 
     async def tick(self) -> None:
         """One look at everything. Raises StoreError."""
+        self._patient_until = time.monotonic() + _PATIENCE_S
         lease = await self._held()
         if lease is not None:
             for waiting in await asyncio.to_thread(self.store.waiting_commands):
-                await self._alone(waiting.rollout_id, self._apply(waiting, lease))
-            for rollout in await asyncio.to_thread(self.store.active):
-                await self._alone(rollout.id, self._look(rollout, lease))
-        self._splits, over = await self._read_splits()
+                await self._alone(f"command {waiting.id} of {waiting.rollout_id}", self._apply(waiting, lease))
+            active = await asyncio.to_thread(self.store.active)
+            warming = [rollout for rollout in active if rollout.state.get("status") == "warming"]
+            if warming:
+                variants = {variant for rollout in warming for variant in self._variants(rollout)}
+                await self._alone("the fleet's status", self._readiness.ask(sorted(variants), self._patience_s()))
+            for rollout in active:
+                await self._alone(f"rollout {rollout.id}", self._look(rollout, lease))
+        over = await self._read_splits()
         if lease is not None:
             for rollout in over:
-                await self._alone(rollout.id, self._retire(rollout, lease))
+                await self._alone(f"the end of {rollout.id}", self._retire(rollout, lease))
 
-    async def _alone(self, rollout_id: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _alone(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """What is wrong with one rollout holds up no other."""
         try:
             await work
-            self._stuck.pop(rollout_id, None)
+            self._stuck.pop(what, None)
         except (StaleLeaseError, StoreUnavailable):
             raise
         except Exception as error:
-            if self._stuck.get(rollout_id) != repr(error):
-                logger.exception("rollout %s stands still", rollout_id)
-            self._stuck[rollout_id] = repr(error)
+            if self._stuck.get(what) != repr(error):
+                logger.exception("%s stands still", what)
+            self._stuck[what] = repr(error)
+
+    def _patience_s(self) -> float:
+        return max(0.0, self._patient_until - time.monotonic())
 
     async def _held(self) -> Lease | None:
         if self._lease is not None:
@@ -135,11 +150,12 @@ class Controller:
         now = time.time()
         facts = Facts(now)
         if state.status == "warming":
-            async with asyncio.timeout(_NOT_READY_LIMIT_S):
-                facts = Facts(now, not_ready=await self._not_ready(self._variants(rollout)))
+            facts = Facts(now, not_ready=self._readiness.missing(self._variants(rollout)))
         elif state.status != "pending":
-            window = await self._looked(rollout, document, state, now)
-            facts = Facts(now, verdicts=window.verdicts, seen=window.seen)
+            look = await self._looks.look(rollout.id, document, state.window_from, _LOOK_S, self._patience_s())
+            if look.seen is None:
+                return
+            facts = Facts(now, verdicts=look.verdicts, seen=look.seen)
         change = advance(document, state, facts)
         if change is not None:
             await self._commit(rollout, document, state, change, facts.verdicts, lease)
@@ -156,7 +172,7 @@ class Controller:
             return
         if by := str(waiting.body.get("by") or ""):
             change = replace(change, reason=f"{change.reason} ({by})")
-        await self._commit(rollout, document, state, change, self._seen(rollout.id), lease, waiting.id)
+        await self._commit(rollout, document, state, change, self._looks.verdicts(rollout.id), lease, waiting.id)
 
     def _check_undo(self, rollout: Rollout, action: Action) -> None:
         """Raises RefusedError where a promoted rollout can't be undone any more."""
@@ -167,6 +183,13 @@ class Controller:
             raise RefusedError(
                 f"route {rollout.route!r} has the unfinished rollout {later[0]!r}; abort that first"
             )
+        over_it = [
+            later.id
+            for later in self.store.recent(100, rollout.route)
+            if _is_promoted(later) and later.id != rollout.id and later.spec["stable"] == rollout.spec["canary"]
+        ]
+        if over_it:
+            raise RefusedError(f"{over_it[0]!r} was promoted over this rollout's canary; undo that first")
         if rollout.state.get("retired"):
             raise RefusedError(
                 f"the weights of route {rollout.route!r} have taken over from the rollout; "
@@ -203,27 +226,7 @@ class Controller:
         changed = replace(rollout, state={**rollout.state, **after.to_json()}, finished=after.finished)
         await asyncio.to_thread(self.store.commit, changed, transition, lease, command_id)
         if after.finished:
-            self._windows.pop(rollout.id, None)
-
-    # ---- figures
-
-    async def _looked(self, rollout: Rollout, document: RolloutDocument, state: State, now: float) -> "_Window":
-        """The rollout's window, with new verdicts where it is time for them."""
-        window = self._windows.get(rollout.id)
-        if window is None or window.since != state.window_from:
-            window = self._windows[rollout.id] = _Window(state.window_from, now)
-        if time.monotonic() - window.looked_at >= _LOOK_S:
-            canary, stable = await asyncio.to_thread(window.read, self.store, rollout.id, now)
-            clicks = await asyncio.to_thread(_clicks, self.store, rollout.id, document, now)
-            window.verdicts = judge(document.guards, canary, stable, clicks)
-            window.seen = sum(figures.calls + figures.mirror.calls for figures in (canary, stable))
-            window.seen += sum(side.queries for block in clicks for side in block)
-            window.looked_at = time.monotonic()
-        return window
-
-    def _seen(self, rollout_id: str) -> list[Verdict]:
-        window = self._windows.get(rollout_id)
-        return window.verdicts if window else []
+            self._looks.forget(rollout.id)
 
     # ---- what gateways ask
 
@@ -235,21 +238,19 @@ class Controller:
             await asyncio.to_thread(self.store.add_searches, news.searches)
         if news.reports:
             await asyncio.to_thread(self.store.add_figures, news.reports)
-        if self._splits is None:
-            self._splits, _ = await self._read_splits()
+        if time.monotonic() - self._splits_at > _SPLITS_S:
+            await self._read_splits()
         return self._splits
 
-    async def _read_splits(self) -> tuple[Splits, list[Rollout]]:
-        """What is in force, and promoted rollouts that no calls reach any more."""
-        active = await asyncio.to_thread(self.store.active)
-        recent = await asyncio.to_thread(self.store.recent, 1000)
+    async def _read_splits(self) -> list[Rollout]:
+        """Reads what is in force. Promoted rollouts that no calls reach any more come back."""
+        asked_at = time.monotonic()
+        found = await asyncio.to_thread(self._read_open, asked_at - self._splits_at > _AWAY_S)
         by_route: dict[str, list[Split]] = {}
         over: list[Rollout] = []
         # Calls come to a promoted rollout's stable by the route's own weights, or from one promoted before it.
         reached = {route: set(names) for route, names in self._in_force().routes.items()}
-        for rollout in reversed(recent):
-            if rollout.state.get("status") != "promoted" or rollout.state.get("retired"):
-                continue
+        for rollout in filter(_is_promoted, found):
             names = reached.get(rollout.route)
             if names is not None:
                 if rollout.spec["stable"] not in names:
@@ -257,11 +258,27 @@ class Controller:
                     continue
                 names.add(rollout.spec["canary"])
             by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0, live=False))
-        for rollout in active:
+        for rollout in found:
             state = State.from_json(rollout.state)
-            if state.status not in ("pending", "warming"):
+            if not state.finished and state.status not in ("pending", "warming"):
                 by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
-        return Splits({route: tuple(splits) for route, splits in by_route.items()}), over
+        if asked_at > self._splits_at:
+            self._splits = Splits({route: tuple(splits) for route, splits in by_route.items()})
+            self._splits_at = asked_at
+        return over
+
+    def _read_open(self, all_: bool) -> list[Rollout]:
+        """Rollouts that are in force or may come into force, oldest first."""
+        newest = self.store.recent(_ALL if all_ else _NEW)
+        found = {rollout.id: rollout for rollout in reversed(newest)}
+        read = []
+        for known in self._open:
+            # A store that lost its last writes may not know it any more.
+            with contextlib.suppress(UnknownRolloutError):
+                read.append(found.pop(known) if known in found else self.store.get(known))
+        open_ = [rollout for rollout in [*read, *found.values()] if not rollout.finished or _is_promoted(rollout)]
+        self._open = [rollout.id for rollout in open_]
+        return open_
 
     def _in_force(self) -> Deployed:
         """What the gateways that were heard lately serve; a pipeline counts when one of them has it."""
@@ -288,6 +305,10 @@ class Controller:
             document = RolloutDocument.model_validate(body)
         except ValidationError as error:
             return Reply(error="invalid_request", message=explain(error, "rollout"))
+        try:
+            await self._read_splits()
+        except StoreError as error:
+            return Reply(error="unavailable", message=str(error))
         problem = self._cannot_start(document)
         if problem:
             return Reply(error="conflict", message=problem)
@@ -316,7 +337,7 @@ class Controller:
                     f"{_known(name, deployed.pipelines)}. Add it under pipelines in the gateway's user_config, "
                     "and its variants as applications, then: serve deploy FILE"
                 )
-        splits = (self._splits or Splits()).by_route.get(document.route, ())
+        splits = self._splits.by_route.get(document.route, ())
         promoted = [split for split in splits if not split.live]
         serving = {place(promoted, name, None)[0] for name in deployed.routes[document.route]}
         if document.stable not in serving:
@@ -383,13 +404,14 @@ class Controller:
         """Everything about a rollout: its document, state, figures of the window, verdicts."""
         document, state = _parts(rollout)
         now = time.time()
-        canary, stable = _Window(state.window_from, now).read(self.store, rollout.id, now)
-        clicks = _clicks(self.store, rollout.id, document, now)
+        window = self._looks.window(rollout.id, state.window_from)
+        canary, stable = window.read(self.store, rollout.id, now)
+        clicked = clicks(self.store, rollout.id, document, now)
         return {
             **self._brief(rollout),
             "document": rollout.spec,
             "figures": {"canary": _summary(canary), "stable": _summary(stable)},
-            "guards": [asdict(verdict) for verdict in judge(document.guards, canary, stable, clicks)],
+            "guards": [asdict(verdict) for verdict in judge(document.guards, canary, stable, clicked)],
             "streaks": state.streaks,
         }
 
@@ -423,44 +445,9 @@ class Controller:
             return Reply(error="unavailable", message=str(error))
 
 
-class _Window:
-    """The figures of a rollout since a moment, by side; what no longer changes is added up once."""
-
-    def __init__(self, since: float, now: float) -> None:
-        self.since = since
-        self.verdicts: list[Verdict] = []
-        # Samples behind the verdicts.
-        self.seen = 0
-        self.looked_at = float("-inf")
-        self._opened = now
-        self._settled = {role: Figures() for role in _ROLES}
-        self._from = int(since) + 1
-
-    def read(self, store: Store, rollout_id: str, now: float) -> tuple[Figures, Figures]:
-        """Canary's and stable's. Buckets that had begun before the window are left out."""
-        # After the store was away, gateways still send older reports for a while.
-        settled_before = int(now - _SETTLED_S) if now - self._opened > _SETTLED_S else 0
-        totals = dict(self._settled)
-        for report in store.figures(rollout_id, self._from):
-            if report.role not in totals:
-                continue
-            figures = Figures.from_json(report.value)
-            totals[report.role] = totals[report.role].merge(figures)
-            if report.bucket < settled_before:
-                self._settled[report.role] = self._settled[report.role].merge(figures)
-        self._from = max(self._from, settled_before)
-        return totals["canary"], totals["stable"]
-
-
-def _clicks(store: Store, rollout_id: str, document: RolloutDocument, now: float) -> list[tuple[Clicks, Clicks]]:
-    """Of the whole rollout by minute, canary's and stable's; none where no guard judges them."""
-    if not any(METRICS[metric].source == "clicks" for metric in document.guards):
-        return []
-    blocks: dict[int, dict[str, Clicks]] = {}
-    for counts in store.event_counts(rollout_id):
-        if (counts.minute + 1) * 60 + _CLICKS_AFTER_S < now:
-            blocks.setdefault(counts.minute, {})[counts.role] = Clicks(list(counts.by_rank))
-    return [(block.get("canary", Clicks()), block.get("stable", Clicks())) for _, block in sorted(blocks.items())]
+def _is_promoted(rollout: Rollout) -> bool:
+    """And in force, if calls reach it."""
+    return rollout.state.get("status") == "promoted" and not rollout.state.get("retired")
 
 
 def _parts(rollout: Rollout) -> tuple[RolloutDocument, State]:

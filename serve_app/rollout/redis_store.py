@@ -198,9 +198,10 @@ class RedisStore:
                 added += self._run("add_figures", keys, [self.limits.figures_ttl_s, self.limits.figures, *chunk])
         return added
 
-    def figures(self, rollout_id: str, since_bucket: int = 0) -> list[Report]:
+    def figures(self, rollout_id: str, since_bucket: int = 0, until_bucket: int | None = None) -> list[Report]:
         buckets, values = _keys(rollout_id, "buckets", "figures")
-        names = self._call(lambda server: server.zrangebyscore(buckets, since_bucket, "+inf"))
+        before = "+inf" if until_bucket is None else f"({until_bucket}"
+        names = self._call(lambda server: server.zrangebyscore(buckets, since_bucket, before))
         reports = []
         for i in range(0, len(names), CHUNK):
             (found,) = self._batch(("HMGET", values, *names[i : i + CHUNK]))

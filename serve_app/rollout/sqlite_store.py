@@ -204,12 +204,12 @@ class SqliteStore:
                 )
             return added
 
-    def figures(self, rollout_id: str, since_bucket: int = 0) -> list[Report]:
+    def figures(self, rollout_id: str, since_bucket: int = 0, until_bucket: int | None = None) -> list[Report]:
         with self._file.read() as db:
             rows = db.execute(
-                "SELECT role, bucket, value, source, seq FROM figures WHERE rollout_id = ? AND bucket >= ?"
-                " ORDER BY bucket, source, seq, role",
-                (rollout_id, since_bucket),
+                "SELECT role, bucket, value, source, seq FROM figures WHERE rollout_id = ?1 AND bucket >= ?2"
+                " AND (?3 IS NULL OR bucket < ?3) ORDER BY bucket, source, seq, role",
+                (rollout_id, since_bucket, until_bucket),
             ).fetchall()
         return [Report(rollout_id, role, bucket, json.loads(value), *rest) for role, bucket, value, *rest in rows]
 

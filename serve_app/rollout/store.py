@@ -258,8 +258,8 @@ class Store(Protocol):
         """How many were new. May be repeated: what has the same rollout, source, seq, role and bucket is stored
         once. Reports of unknown rollouts and of buckets older than `Limits.figures_ttl_s` are ignored."""
 
-    def figures(self, rollout_id: str, since_bucket: int = 0) -> list[Report]:
-        """By bucket, from `since_bucket` on."""
+    def figures(self, rollout_id: str, since_bucket: int = 0, until_bucket: int | None = None) -> list[Report]:
+        """By bucket, from `since_bucket` on, and before `until_bucket`."""
 
     def add_searches(self, searches: Iterable[Search]) -> None:
         """May be repeated: the first of a query id stays. Expect their events from the moment this returns."""

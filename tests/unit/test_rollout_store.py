@@ -351,6 +351,7 @@ def test_figures_count_once_however_often_they_are_sent(store: Store) -> None:
     assert store.add_figures([replace(sent[0], value={"calls": 99})]) == 0
     assert store.figures("r1") == sorted(sent, key=lambda r: (r.bucket, r.source, r.seq, r.role))
     assert store.figures("r1", since_bucket=now) == [r for r in sent if r.bucket == now]
+    assert store.figures("r1", now - 5, now) == [r for r in sent if r.bucket == now - 5]
     assert store.add_figures([replace(sent[0], rollout_id="nobody")]) == 0
 
 

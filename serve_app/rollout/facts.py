@@ -1,0 +1,120 @@
+"""Gathers what looks need beside the controller's loop: what takes long, or never answers, holds up no rollout."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from serve_app.rollout.document import RolloutDocument
+from serve_app.rollout.guards import Verdict, judge
+from serve_app.rollout.store import Store
+from serve_app.rollout.window import Window, clicks
+
+T = TypeVar("T")
+
+# Figures of so many rollouts are read at once, so that threads are left for the store's other calls.
+_READERS = 2
+
+# Variants of those given that have no running replica.
+NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
+
+
+class Readiness:
+    """Which variants have a replica. One question at a time, because the fleet may not answer."""
+
+    def __init__(self, not_ready: NotReady) -> None:
+        self._not_ready = not_ready
+        self._asking: asyncio.Future[list[str]] | None = None
+        self._asked: frozenset[str] = frozenset()
+        self._ready: frozenset[str] = frozenset()
+
+    async def ask(self, variants: Sequence[str], patience_s: float) -> None:
+        """Raises what the question raised."""
+        self._ready = frozenset()
+        if self._asking is None:
+            self._asked = frozenset(variants)
+            self._asking = _beside(self._not_ready(variants))
+        if await _done(self._asking, patience_s):
+            asking, self._asking = self._asking, None
+            self._ready = self._asked - set(asking.result())
+
+    def missing(self, variants: Sequence[str]) -> list[str]:
+        """Those of which the last answer doesn't say that they have one."""
+        return [variant for variant in variants if variant not in self._ready]
+
+
+@dataclass(slots=True)
+class Look:
+    """What is known of a rollout's figures. `seen`: the samples behind the verdicts; None before the first."""
+
+    window: Window
+    verdicts: list[Verdict] = field(default_factory=list)
+    seen: int | None = None
+    at: float = float("-inf")
+    reading: asyncio.Future[tuple[list[Verdict], int]] | None = None
+
+
+class Looks:
+    """A look for each rollout that is under way."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._looks: dict[str, Look] = {}
+        self._readers = asyncio.Semaphore(_READERS)
+
+    async def look(
+        self, rollout_id: str, document: RolloutDocument, since: float, every_s: float, patience_s: float
+    ) -> Look:
+        """With new verdicts where it is time for them and they come soon. Raises StoreError."""
+        look = self._looks.get(rollout_id)
+        if look is None or look.window.since != since:
+            look = self._looks[rollout_id] = Look(Window(since, time.time()))
+        if look.reading is None and time.monotonic() - look.at >= every_s:
+            look.reading = _beside(self._judged(look.window, rollout_id, document))
+        if look.reading is not None and await _done(look.reading, patience_s):
+            reading, look.reading, look.at = look.reading, None, time.monotonic()
+            look.verdicts, look.seen = reading.result()
+        return look
+
+    def verdicts(self, rollout_id: str) -> list[Verdict]:
+        """The last ones."""
+        look = self._looks.get(rollout_id)
+        return look.verdicts if look else []
+
+    def window(self, rollout_id: str, since: float) -> Window:
+        """To be read beside the looks."""
+        look = self._looks.get(rollout_id)
+        return look.window.copy() if look and look.window.since == since else Window(since, time.time())
+
+    def forget(self, rollout_id: str) -> None:
+        self._looks.pop(rollout_id, None)
+
+    def clear(self) -> None:
+        self._looks.clear()
+
+    async def _judged(
+        self, window: Window, rollout_id: str, document: RolloutDocument
+    ) -> tuple[list[Verdict], int]:
+        def judged() -> tuple[list[Verdict], int]:
+            now = time.time()
+            canary, stable = window.read(self._store, rollout_id, now)
+            clicked = clicks(self._store, rollout_id, document, now)
+            seen = sum(figures.calls + figures.mirror.calls for figures in (canary, stable))
+            seen += sum(side.queries for block in clicked for side in block)
+            return judge(document.guards, canary, stable, clicked), seen
+
+        async with self._readers:
+            return await asyncio.to_thread(judged)
+
+
+def _beside(work: Awaitable[T]) -> asyncio.Future[T]:
+    task = asyncio.ensure_future(work)
+    # Also where nobody asks for its result any more.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
+
+
+async def _done(task: asyncio.Future[Any], patience_s: float) -> bool:
+    await asyncio.wait({task}, timeout=patience_s)
+    return task.done()

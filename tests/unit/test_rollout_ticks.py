@@ -1,0 +1,379 @@
+"""A controller's looks, one by one in process: what is slow, stuck, old or much holds nothing up."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.gateway.rollouts import deployed
+from serve_app.rollout import controller as module
+from serve_app.rollout.controller import Controller
+from serve_app.rollout.figures import Figures
+from serve_app.rollout.machine import State
+from serve_app.rollout.messages import News
+from serve_app.rollout.store import (
+    Command,
+    Report,
+    Rollout,
+    Store,
+    StoreUnavailable,
+    Transition,
+    open_store,
+)
+from serve_app.rollout.window import Window
+from tests.unit.rollout_gateway import settings
+
+ROUTES = ("a", "b", "c")
+GUARDS = {"error_rate": {}}
+JUDGED = {"steps": [{"set_weight": 25}, {"analysis": {}}, {"set_weight": 50}], "guards": GUARDS}
+UP = {"steps": [{"set_weight": 50}], "guards": GUARDS}
+NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = open_store(f"sqlite://{tmp_path}/rollouts.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "_LOOK_S", 0.0)
+
+
+async def all_ready(variants: Sequence[str]) -> list[str]:
+    return []
+
+
+async def heard(store: Store, not_ready: NotReady = all_ready, **more: Any) -> Controller:
+    """A controller that a gateway has told what it serves."""
+    controller = Controller(store, not_ready)
+    await controller.exchange(News("g", deployed(settings(ROUTES, **more))))
+    return controller
+
+
+async def start(controller: Controller, route: str = "a", **document: Any) -> str:
+    reply = await controller.start({"route": route, "stable": "stable", "canary": "canary", **document}, "ann")
+    assert reply.error is None, reply
+    return str(reply.body["id"])
+
+
+async def act(controller: Controller, rollout: str, action: Any) -> str | None:
+    """The refusal, if it was one."""
+    order = asyncio.create_task(controller.act(rollout, action, f"{action}-{time.monotonic()}", "ann"))
+    while not order.done():
+        await controller.tick()
+    reply = order.result()
+    return reply.message if reply.error else None
+
+
+async def ticks_until(controller: Controller, condition: Callable[[], Any], limit_s: float = 20) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await controller.tick()
+
+
+def status(store: Store, rollout: str) -> str:
+    return str(store.get(rollout).state["status"])
+
+
+def report(rollout: str, role: str, bucket: int, seq: int, calls: int = 1, errors: int = 0) -> Report:
+    return Report(rollout, role, bucket, Figures(calls=calls, errors=errors).to_json(), "g", seq)
+
+
+def failing(store: Store, rollout: str) -> None:
+    """Two looks' worth of calls that the canary failed, and stable didn't."""
+    bucket = int(store.get(rollout).state["window_from"]) + 1
+    n = len(store.figures(rollout))
+    store.add_figures([report(rollout, "canary", bucket, n, 40, 40), report(rollout, "stable", bucket, n, 40)])
+
+
+# ---- slow and stuck
+
+
+def test_a_fleet_that_never_answers_holds_up_only_what_waits_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str]] = []
+    answers = asyncio.Event()
+
+    async def not_ready(variants: Sequence[str]) -> list[str]:
+        asked.append(variants)
+        if len(asked) > 1:
+            await answers.wait()
+        return []
+
+    async def scenario() -> None:
+        controller = await heard(store, not_ready)
+        judged = await start(controller, "a", **JUDGED)
+        await ticks_until(controller, lambda: store.get(judged).state["step"] == 1)
+        waiting = [await start(controller, "b", **UP), await start(controller, "c", **UP)]
+        await ticks_until(controller, lambda: len(asked) > 1)
+        for _ in range(2):
+            failing(store, judged)
+            began = time.monotonic()
+            for _ in range(5):
+                await controller.tick()
+            assert time.monotonic() - began < module.LEASE_S
+        assert status(store, judged) == "rolled_back"
+        assert {status(store, rollout) for rollout in waiting} == {"warming"}
+        # It isn't asked again before it has answered.
+        assert asked == [["canary-model"]] * 2
+        monkeypatch.setattr("serve_app.rollout.machine.WARMING_LIMIT_S", 0)
+        await controller.tick()
+        assert {status(store, rollout) for rollout in waiting} == {"rolled_back"}
+        answers.set()
+
+    asyncio.run(scenario())
+
+
+def test_a_fleet_that_fails_is_asked_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    failures = 3
+
+    async def not_ready(variants: Sequence[str]) -> list[str]:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise RuntimeError("no status")
+        return []
+
+    async def scenario() -> None:
+        controller = await heard(store, not_ready)
+        rollout = await start(controller, **UP)
+        await ticks_until(controller, lambda: status(store, rollout) == "promoted")
+
+    asyncio.run(scenario())
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        "the fleet's status stands still"
+    ]
+
+
+def test_figures_that_take_long_to_read_delay_no_command_and_no_other_rollout(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = store.figures
+    slow: set[str] = set()
+    reading: list[str] = []
+
+    def figures(rollout: str, *arguments: Any) -> list[Report]:
+        reading.append(rollout)
+        deadline = time.monotonic() + 10
+        while rollout in slow and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return read(rollout, *arguments)
+
+    monkeypatch.setattr(store, "figures", figures)
+
+    async def scenario() -> None:
+        first, controller = await heard(store), await heard(store)
+        document = {**JUDGED, "steps": [{"set_weight": 25}, {"analysis": {"timeout_s": 0.1}}]}
+        judged = await start(first, "a", **document)
+        await ticks_until(first, lambda: store.get(judged).state["step"] == 1)
+        at = store.get(judged)
+        await first.close()
+        slow.add(judged)
+        reading.clear()
+        other = await start(controller, "b", **UP)
+        await ticks_until(controller, lambda: status(store, other) == "promoted")
+        # Nothing is decided on figures that nobody has seen.
+        await ticks_until(controller, lambda: time.time() > at.state["until"])
+        assert store.get(judged) == at
+        assert reading.count(judged) == 1
+        store.add_command(Command(judged, "c1", "pause"))
+        await controller.tick()
+        assert status(store, judged) == "paused"
+        slow.clear()
+        assert await act(controller, judged, "resume") is None
+        await ticks_until(controller, lambda: status(store, judged) == "inconclusive")
+
+    asyncio.run(scenario())
+
+
+def test_a_stuck_rollout_is_logged_once(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        good = await start(controller, "a", **UP)
+        bad = store.create(
+            Rollout("bad", "b", {"stable": "stable", "canary": "canary"}, State().to_json()),
+            Transition("none", "pending", ""),
+        )
+        store.add_command(Command(bad.id, "c1", "abort"))
+        await ticks_until(controller, lambda: status(store, good) == "promoted")
+        for _ in range(5):
+            await controller.tick()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert [record.getMessage() for record in caplog.records] == [
+        "command c1 of bad stands still",
+        "rollout bad stands still",
+    ]
+
+
+# ---- windows
+
+
+def test_a_window_counts_each_report_once_whenever_it_came(store: Store) -> None:
+    store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
+    now = time.time()
+    # Longer than what is read at once.
+    since = now - 2000
+    reports = [report("r", role, int(now) - 2010 + 5 * i, i) for i in range(402) for role in ("canary", "stable")]
+    in_window = [r for r in reports if r.bucket > int(since)]
+    store.add_figures(reports[:500])
+    window = Window(since, now)
+    counted = sum(r in in_window for r in reports[:500]) // 2
+    assert [side.calls for side in window.read(store, "r", now)] == [counted] * 2
+    # What a gateway had kept while the store was away.
+    store.add_figures(reports[500:])
+    beside = window.copy()
+    for later_s in (31, 32, 40):
+        assert [side.calls for side in window.read(store, "r", now + later_s)] == [len(in_window) // 2] * 2
+    assert [side.calls for side in beside.read(store, "r", now + 40)] == [len(in_window) // 2] * 2
+    late = report("r", "canary", int(now) + 35, 1000)
+    store.add_figures([late])
+    canary, stable = window.read(store, "r", now + 41)
+    assert (canary.calls, stable.calls) == (len(in_window) // 2 + 1, len(in_window) // 2)
+    assert window.read(store, "r", now + 41)[0].calls == canary.calls
+
+
+def test_a_window_reads_settled_buckets_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
+    now = time.time()
+    store.add_figures([report("r", "canary", int(now) - 5 * i, i) for i in range(1, 200)])
+    read = store.figures
+    took: list[int] = []
+
+    def figures(*arguments: Any) -> list[Report]:
+        found = read(*arguments)
+        took.append(len(found))
+        return found
+
+    monkeypatch.setattr(store, "figures", figures)
+    window = Window(now - 1000, now)
+    for i in range(5):
+        assert window.read(store, "r", now + i)[0].calls == 199
+    assert sum(took) < 199 + 4 * 10
+
+
+# ---- what is in force
+
+
+def test_a_controller_that_was_frozen_gives_gateways_no_old_weights(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        frozen, other = await heard(store), await heard(store)
+        rollout = await start(frozen, **JUDGED)
+        await ticks_until(frozen, lambda: store.get(rollout).state["weight"] == 25)
+        await frozen.close()
+        await ticks_until(other, lambda: other._lease is not None)
+        assert await act(other, rollout, "abort") is None
+        news = News("g", deployed(settings(ROUTES)))
+        assert (await other.exchange(news)).by_route == {}
+        later = time.monotonic() + module._SPLITS_S
+        monkeypatch.setattr(module.time, "monotonic", lambda: later + 1)
+        assert (await frozen.exchange(news)).by_route == {}
+
+    asyncio.run(scenario())
+
+
+def test_gateways_keep_what_they_have_rather_than_hear_old_weights_without_a_store(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["weight"] == 25)
+        news = News("g", deployed(settings(ROUTES)))
+        assert [split.weight for split in (await controller.exchange(news)).by_route["a"]] == [25]
+        (tmp_path / "rollouts.db").rename(tmp_path / "away.db")
+        later = time.monotonic() + module._SPLITS_S + 1
+        monkeypatch.setattr(module.time, "monotonic", lambda: later)
+        with pytest.raises(StoreUnavailable):
+            await controller.exchange(news)
+
+    asyncio.run(scenario())
+
+
+def test_a_promotion_stays_in_force_however_many_rollouts_come_after_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_NEW", 3)
+
+    async def scenario() -> None:
+        controller = await heard(store)
+        promoted = await start(controller, "a", **UP)
+        await ticks_until(controller, lambda: status(store, promoted) == "promoted")
+        over_it = await start(controller, "a", stable="canary", canary="cold", steps=UP["steps"], guards=GUARDS)
+        await ticks_until(controller, lambda: status(store, over_it) == "promoted")
+        under_way = await start(controller, "b", **JUDGED)
+        await ticks_until(controller, lambda: store.get(under_way).state["weight"] == 25)
+        for i in range(10):
+            rolled_back = State("rolled_back", 0).to_json()
+            ended = Rollout(f"r{i}", "c", store.get(promoted).spec, rolled_back, finished=True)
+            store.create(ended, Transition("none", "rolled back", ""))
+        await controller.tick()
+        for one in (controller, await heard(store)):
+            splits = (await one.exchange(News("g", deployed(settings(ROUTES))))).by_route
+            assert [split.rollout for split in splits["a"]] == [promoted, over_it]
+            assert [split.rollout for split in splits["b"]] == [under_way]
+            assert "c" not in splits
+
+    asyncio.run(scenario())
+
+
+def test_a_promotion_under_another_one_cannot_be_undone_before_that(store: Store) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        lower = await start(controller, **UP)
+        await ticks_until(controller, lambda: status(store, lower) == "promoted")
+        upper = await start(controller, stable="canary", canary="cold", steps=UP["steps"], guards=GUARDS)
+        await ticks_until(controller, lambda: status(store, upper) == "promoted")
+        refusal = await act(controller, lower, "undo")
+        assert refusal == f"{upper!r} was promoted over this rollout's canary; undo that first"
+        assert await act(controller, upper, "undo") is None
+        assert await act(controller, lower, "undo") is None
+        await controller.tick()
+        assert (await controller.exchange(News("g", deployed(settings(ROUTES))))).by_route == {}
+
+    asyncio.run(scenario())
+
+
+def test_what_gets_calls_is_known_at_once_after_a_promotion(store: Store) -> None:
+    async def scenario() -> None:
+        controller, other = await heard(store), await heard(store)
+        first = await start(controller, **UP)
+        await other.tick()
+        await other.close()
+        await ticks_until(controller, lambda: status(store, first) == "promoted")
+        # Which this one hasn't looked for since.
+        reply = await other.start({"route": "a", "stable": "stable", "canary": "cold"}, "ann")
+        assert reply.error == "conflict"
+        assert "those go to canary" in reply.message
+        await start(other, stable="canary", canary="cold")
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_forgot_rollouts_stops_nobody(store: Store, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["step"] == 1)
+        # As a Redis without an append-only file does when it starts anew.
+        controller.store = empty = open_store(f"sqlite://{tmp_path}/empty.db")
+        controller._lease = None
+        await controller.tick()
+        after = await start(controller, **UP)
+        await ticks_until(controller, lambda: status(empty, after) == "promoted")
+        empty.close()
+
+    asyncio.run(scenario())
