@@ -66,7 +66,8 @@ def promotion(fleet, tmp_path_factory):
     history = fleet.operator.history(rollout)
     weights = []
     for entry in history:
-        weight = float(re.search(r"at ([\d.]+) %", entry["to_status"])[1])
+        found = re.search(r"at ([\d.]+) %", entry["to_status"])
+        weight = float(found[1]) if found else 0
         if weight != (weights[-1][1] if weights else 0):
             weights.append((entry["at"], weight))
     for entry in history:
