@@ -54,9 +54,12 @@ async def answer(
             plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
             stable_place = replace(place, role="stable")
             stable = replace(call, plan=replace(plan, place=stable_place, why="fallback"))
-            answered = await attempt(stable)
-            # Not before stable has answered: what it refuses is the caller's fault, not the canary's.
-            rollouts.answered(place, call.request_id, 0.0, error=True)
+            try:
+                answered = await attempt(stable)
+            except Exception as error:
+                _count_failure(rollouts, call, error)
+                raise
+            rollouts.answered(place, call.request_id, None, error=True)
             logger.warning(
                 "request %s: stable %s answers for canary %s: %s",
                 call.request_id,
@@ -69,9 +72,8 @@ async def answer(
         return call, whole
     try:
         answered = await attempt(replace(call, fresh=fresh))
-    except ApiError as error:
-        if error.status >= 500:
-            rollouts.answered(place, call.request_id, 0.0, error=True)
+    except Exception as error:
+        _count_failure(rollouts, call, error)
         raise
     degraded = _count(rollouts, call, ranking_of(answered), started, searched)
     if not degraded and rollouts.wants_mirror(place.split):
@@ -114,6 +116,13 @@ async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call, ranking_of
         if report.failure is not None:
             raise CanaryFailedError(report.failure.reason)
     return answered
+
+
+def _count_failure(rollouts: Rollouts, call: Call, error: Exception) -> None:
+    """A call that nobody could answer counts on its side, unless it is the caller's fault."""
+    assert call.plan.place is not None
+    if not isinstance(error, ApiError) or error.status >= 500:
+        rollouts.answered(call.plan.place, call.request_id, None, error=True)
 
 
 def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, searched: bool) -> bool:

@@ -12,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from serve_app.config import GatewaySettings
@@ -26,8 +27,10 @@ logger = logging.getLogger("ray.serve")
 
 _EVERY_S = 1.0
 _EXCHANGE_TIMEOUT_S = 5.0
-# What waits while the rollout application is away; the oldest is dropped first.
+# What waits while the rollout application is away; the oldest is dropped first. And what is sent at once: messages
+# between deployments have a limit, and the store has to write it all within the timeout.
 _UNSENT_REPORTS, _UNSENT_SEARCHES = 2_000, 20_000
+_REPORTS_AT_ONCE, _SEARCHES_AT_ONCE = 500, 5_000
 # Mirrored calls of one gateway that are under way at once; more are dropped.
 _MIRRORED_AT_ONCE = 4
 _LATENCIES = 200
@@ -67,7 +70,7 @@ class Rollouts:
         self.clock = clock
         self._splits = Splits()
         self._counters = Counters()
-        self._searches: list[Search] = []
+        self._searches: deque[Search] = deque(maxlen=_UNSENT_SEARCHES)
         self._unsent: deque[Report] = deque(maxlen=_UNSENT_REPORTS)
         self._gateway, self._seq = uuid.uuid4().hex, 0
         self._latencies: dict[str, _Latencies] = {}
@@ -125,7 +128,7 @@ class Rollouts:
             self._computed_at[place.split.rollout, place.role] = self.clock()
             if place.role == "stable":
                 self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
-        if searched and not error and len(self._searches) < _UNSENT_SEARCHES:
+        if searched and not error:
             self._searches.append(Search(request_id, place.split.rollout, place.role, now))
 
     def wants_computed(self, place: Place) -> bool:
@@ -180,16 +183,16 @@ class Rollouts:
         self._seq += 1
         for rollout, role, bucket, figures in counted.rows():
             self._unsent.append(Report(rollout, role, bucket, figures.to_json(), self._gateway, self._seq))
-        reports, searches = tuple(self._unsent), tuple(self._searches)
+        reports = tuple(islice(self._unsent, _REPORTS_AT_ONCE))
+        searches = tuple(islice(self._searches, _SEARCHES_AT_ONCE))
         news = News(self._gateway, self._deployed, reports, searches)
-        self._splits = await self._ask(app, "exchange", news, timeout_s=_EXCHANGE_TIMEOUT_S)
-        # A report that arrived although the answer was lost is sent again, and stored once.
-        sent = {(report.seq, report.rollout_id, report.role, report.bucket) for report in reports}
-        self._unsent = deque(
-            (r for r in self._unsent if (r.seq, r.rollout_id, r.role, r.bucket) not in sent),
-            maxlen=_UNSENT_REPORTS,
-        )
-        del self._searches[: len(searches)]
+        splits: Splits = await self._ask(app, "exchange", news, timeout_s=_EXCHANGE_TIMEOUT_S)
+        # What arrived although the answer was lost is sent again, and stored once.
+        _drop(self._unsent, reports)
+        _drop(self._searches, searches)
+        if self._app == app:
+            # The settings may have changed meanwhile.
+            self._splits = splits
         live = {split.rollout for splits in self._splits.by_route.values() for split in splits if split.live}
         self._latencies = {name: found for name, found in self._latencies.items() if name in live}
         self._computed_at = {side: at for side, at in self._computed_at.items() if side[0] in live}
@@ -207,6 +210,13 @@ def deployed(settings: GatewaySettings) -> Deployed:
             for name, route in settings.routes.items()
         },
     )
+
+
+def _drop(queue: deque[Any], sent: Sequence[Any]) -> None:
+    """Takes away what is still there of the oldest that were sent."""
+    gone = {id(one) for one in sent}
+    while queue and id(queue[0]) in gone:
+        queue.popleft()
 
 
 async def _quietly(call: Coroutine[Any, Any, Any]) -> None:
