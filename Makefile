@@ -9,7 +9,7 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean simulate
+.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean simulate bench-gpu
 .SILENT:
 
 help:
@@ -18,6 +18,7 @@ help:
 	echo "make test | test-unit      all tests | those that need no engine"
 	echo "make soak                  eleven minutes of constant load on a scaling variant"
 	echo "make simulate              compare scaling policies on simulated traffic (3 min); pictures in .run/simulate"
+	echo "make bench-gpu             the three published shapes on this machine's GPU (8 min)"
 	echo "make setup | index | lint | clean"
 
 setup:
@@ -59,6 +60,12 @@ soak: setup-dev
 simulate: setup-dev
 	mkdir -p .run/simulate
 	$(BIN)/serve-app simulate --trace all --json .run/simulate/comparison.json --png .run/simulate/comparison.png
+
+# Asked first, because the GPU build takes minutes to install.
+bench-gpu:
+	nvidia-smi -L 2>/dev/null || { echo "make bench-gpu: nvidia-smi finds no NVIDIA GPU here" >&2; exit 2; }
+	scripts/setup.sh .venv-gpu gpu dev
+	.venv-gpu/bin/python -m bench.gpu
 
 clean:
 	rm -rf .venv .venv-gpu .run .pytest_cache .mypy_cache .ruff_cache .hypothesis

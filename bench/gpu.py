@@ -1,0 +1,329 @@
+"""Rerankers of the published shapes on one GPU: pairs/s, and how much of the card that is.
+
+    make bench-gpu
+    python -m bench.gpu [--smoke]
+
+Qwen3-Reranker-0.6B, 4B and 8B by their published dimensions with dummy weights (their speed is the real one, their
+scores mean nothing), in bf16 and FP8, through the engine and the GPU shares that the deployment uses. Prompts are
+token ids in Qwen3's layout, 64 pairs a call with one query, 16 calls at once. The share of the ceiling is the
+operations that were computed, without what the prefix cache saved, over those that matrix multiplications of the
+model's own shapes reach by themselves. Every case has a limit, and all end after eight minutes; results are
+written after each. `--smoke` runs all of it with a tiny model, on the CPU where there is no GPU.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common import Spread, machine, save, show
+from bench.gpu_work import Case, allowed_s, calls_a_round, pairs_flops, prompt_tokens
+from serve_app.config import RerankerArgs
+from serve_app.reranker.gpu import visible_cards
+from serve_app.reranker.share import find_shape
+
+ROOT = Path(__file__).parents[1]
+LOGS = ROOT / ".run" / "bench" / "gpu"
+
+LIMIT_S = 8 * 60
+_CEILING_LIMIT_S = 90
+_STOP_S = 10
+DOCUMENT_TOKENS = (64, 256, 1024)
+ROUNDS, _WARM_CALLS = 5, 8
+FP8 = "fp8_per_tensor"
+# What matters most comes first.
+CASES = (
+    Case("0.6B"),
+    Case("4B"),
+    Case("8B"),
+    Case("8B", FP8),
+    Case("0.6B", replicas=4),
+    Case("0.6B", replicas=2),
+    Case("4B", FP8),
+    Case("0.6B", FP8),
+)
+CONFIGS: dict[str, dict[str, Any]] = {
+    size: find_shape(RerankerArgs(model=f"Qwen/Qwen3-Reranker-{size}", kind="qwen3-reranker")).config
+    for size in ("0.6B", "4B", "8B")
+}
+# As in configs/fleet.yaml.
+_ENGINE = {"max_model_len": 8192}
+SMOKE_CASES = (Case("tiny"), Case("tiny", replicas=2))
+_TINY = {
+    **CONFIGS["0.6B"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 2048,
+}
+
+
+class CaseError(Exception):
+    """A process on the card failed; the message is the first line of why."""
+
+
+class Child:
+    """A `bench.gpu_process`, with its log in `LOGS`."""
+
+    @classmethod
+    async def start(cls, what: str, name: str) -> "Child":
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = LOGS / f"{name.replace(' ', '-')}.log"
+        with log.open("w") as stream:
+            # In a session of its own, so that the engine's processes can be ended with it.
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "bench.gpu_process", what),
+                cwd=ROOT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stream,
+                start_new_session=True,
+            )
+        return cls(process, log)
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    async def ask(self, **question: Any) -> dict[str, Any]:
+        """Raises CaseError."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            await self._process.stdin.drain()
+        line = await self._process.stdout.readline()
+        if not line:
+            raise CaseError(f"ended with {await self._process.wait()}; see {self._log.relative_to(ROOT)}")
+        answer: dict[str, Any] = json.loads(line)
+        if "problem" in answer:
+            raise CaseError(f"{answer['problem'].splitlines()[0]}; see {self._log.relative_to(ROOT)}")
+        return answer
+
+    async def stop(self) -> None:
+        """At the end of its input the process closes its engine; what is left after a while is killed."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
+
+
+async def _ceiling(configs: dict[str, dict[str, Any]], tokens: int) -> dict[str, Any]:
+    child = await Child.start("ceiling", "ceiling")
+    try:
+        async with asyncio.timeout(_CEILING_LIMIT_S):
+            return await child.ask(configs=configs, tokens=tokens)
+    finally:
+        await child.stop()
+
+
+async def _case(case: Case, config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Fills `found` as figures come, so that a case that is cut off leaves what it had."""
+    engine = _ENGINE | ({"quantization": case.quantization} if case.quantization else {})
+    share = {
+        "config": config,
+        "engine": engine,
+        "share": 1 / case.replicas,
+        "cpus": max(1, len(os.sched_getaffinity(0)) // (2 * case.replicas)),
+    }
+    names = [f"{case.name} {i}" for i in range(case.replicas)]
+    children = [await Child.start("replica", name) for name in names]
+    try:
+        starts = await asyncio.gather(
+            *(child.ask(name=name, **share) for child, name in zip(children, names, strict=True))
+        )
+        found["start_s"] = max(start["start_s"] for start in starts)
+        found["dtype"] = starts[0]["dtype"]
+        seeds = map(str, itertools.count())
+        calls = {}
+        for tokens in DOCUMENT_TOKENS:
+            # The first run compiles what is still to be compiled. A call by itself is slower than one of many.
+            await _round(children, tokens, 1, seeds)
+            warm = await _round(children, tokens, 1, seeds)
+            if calls_a_round(warm["pairs_per_s"], case.replicas) > _WARM_CALLS:
+                warm = await _round(children, tokens, _WARM_CALLS, seeds)
+            calls[tokens] = calls_a_round(warm["pairs_per_s"], case.replicas)
+        for _ in range(ROUNDS):
+            for tokens in DOCUMENT_TOKENS:
+                found["rounds"].setdefault(str(tokens), []).append(
+                    await _round(children, tokens, calls[tokens], seeds)
+                )
+    finally:
+        await asyncio.gather(*(child.stop() for child in children))
+
+
+async def _round(children: Sequence[Child], tokens: int, calls: int, seeds: Any) -> dict[str, float]:
+    """All replicas score as many calls each, beginning at once."""
+    await asyncio.gather(*(child.ask(document_tokens=tokens, calls=calls, seed=next(seeds)) for child in children))
+    answers = await asyncio.gather(*(child.ask() for child in children))
+    pairs = sum(answer["pairs"] for answer in answers)
+    return {
+        "pairs_per_s": pairs / max(answer["seconds"] for answer in answers),
+        "cached_tokens_a_pair": sum(answer["cached_tokens"] for answer in answers) / pairs,
+    }
+
+
+def figures(case: Case, config: dict[str, Any], rounds: dict[str, list[dict[str, float]]], ceiling: Any) -> Any:
+    """By document length: pairs/s, and the share of what the card's matrix multiplications reach."""
+    found = {}
+    for tokens, measured in rounds.items():
+        length = prompt_tokens(int(tokens))
+        rates = [
+            (one["pairs_per_s"], pairs_flops(config, length, one["cached_tokens_a_pair"])) for one in measured
+        ]
+        most = (
+            (ceiling or {}).get("flops_per_s", {}).get(case.model, {}).get("fp8" if case.quantization else "bf16")
+        )
+        found[tokens] = {
+            "rounds": len(measured),
+            "pairs_per_s": Spread.of(rate for rate, _ in rates),
+            "tokens_per_s": Spread.of(rate * length for rate, _ in rates),
+            "cached_tokens_a_pair": Spread.of(one["cached_tokens_a_pair"] for one in measured),
+            "flops_per_s": Spread.of(rate * flops for rate, flops in rates),
+            "share_of_ceiling": Spread.of(rate * flops / most for rate, flops in rates) if most else None,
+        }
+    return found
+
+
+async def _measure(
+    cases: Sequence[Case], configs: dict[str, dict[str, Any]], tokens: int, limit_s: float, name: str
+) -> dict[str, Any]:
+    end = time.monotonic() + limit_s
+    result: dict[str, Any] = {"limit_s": limit_s, "ceiling": None, "cases": [], "left_out": []}
+    try:
+        result["ceiling"] = await _ceiling(configs, tokens)
+    except (CaseError, TimeoutError) as error:
+        result["ceiling_problem"] = str(error) or f"took more than {_CEILING_LIMIT_S} s"
+    for case in cases:
+        # What stops the case comes out of its time too.
+        allowed = allowed_s(case, end - time.monotonic() - _STOP_S)
+        if allowed is None:
+            result["left_out"].append(case.name)
+            continue
+        print(f"{case.name}, {end - time.monotonic():.0f} s left", flush=True)
+        found: dict[str, Any] = {"rounds": {}}
+        problem = None
+        try:
+            async with asyncio.timeout(allowed):
+                await _case(case, configs[case.model], found)
+        except TimeoutError:
+            problem = f"cut off after {allowed:.0f} s"
+        except CaseError as error:
+            problem = str(error)
+        measured = figures(case, configs[case.model], found.pop("rounds"), result["ceiling"])
+        result["cases"].append({"case": case, "name": case.name, **found, "lengths": measured, "problem": problem})
+        save(name, result)
+    result["took_s"] = limit_s - (end - time.monotonic())
+    return result
+
+
+def _show(result: dict[str, Any], lengths: Sequence[int]) -> None:
+    if result["ceiling"]:
+        show(
+            f"GEMMs, TFLOP/s ({result['ceiling']['card']})",
+            ["", "bf16", "fp8"],
+            [
+                [model, *(f"{rates[number] / 1e12:.3g}" if number in rates else "-" for number in ("bf16", "fp8"))]
+                for model, rates in result["ceiling"]["flops_per_s"].items()
+            ],
+        )
+    else:
+        print(f"No ceiling: {result['ceiling_problem']}\n")
+    plain = {
+        case["case"].model: case["lengths"] for case in result["cases"] if case["case"] == Case(case["case"].model)
+    }
+    heads = [f"{n:,} tokens" for n in lengths]
+    rows, shares = [], []
+    for case in result["cases"]:
+        of, base = case["lengths"], plain.get(case["case"].model, {})
+        cells = []
+        for n in map(str, lengths):
+            if n not in of:
+                cells.append("-")
+                continue
+            cell = of[n]["pairs_per_s"].text()
+            if n in base and base is not of:
+                cell += f", x {of[n]['pairs_per_s'].median / base[n]['pairs_per_s'].median:.2f}"
+            cells.append(cell)
+        rows.append([case["name"], *cells, f"{case['start_s']:.0f}" if "start_s" in case else "-"])
+        shares.append([case["name"], *(_percent(of.get(str(n))) for n in lengths)])
+    show("Pairs/s: median (least to most), x one bf16 replica", ["", *heads, "start s"], rows)
+    show("Share of the GEMMs' rate", ["", *heads], shares)
+    for case in result["cases"]:
+        if case["problem"]:
+            print(f"{case['name']}: {case['problem']}")
+    if result["left_out"]:
+        print(f"Left out, no time: {', '.join(result['left_out'])}")
+
+
+def _percent(of: dict[str, Any] | None) -> str:
+    share = of and of["share_of_ceiling"]
+    return f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})" if share else "-"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Pairs/s of each case, and its share of the ceiling, by document length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [case for case in result["cases"] if case["lengths"]]
+    if not cases:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for axis, (name, title) in zip(
+        axes, {"pairs_per_s": "pairs/s", "share_of_ceiling": "share of the ceiling"}.items(), strict=True
+    ):
+        for case in cases:
+            points = [(int(n), of[name].median) for n, of in case["lengths"].items() if of[name]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=case["name"])
+        axis.set(title=title, xlabel="tokens a document", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set(yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def run(smoke: bool = False) -> dict[str, Any]:
+    cases, configs, tokens, limit_s = CASES, CONFIGS, 16_384, float(LIMIT_S)
+    if smoke:
+        cases, configs, tokens, limit_s = SMOKE_CASES, {"tiny": _TINY}, 512, 180.0
+    result = asyncio.run(_measure(cases, configs, tokens, limit_s, "gpu-smoke" if smoke else "gpu"))
+    _show(result, DOCUMENT_TOKENS)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rerankers of the published shapes on one GPU.")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, also without a GPU")
+    arguments = parser.parse_args()
+    if not arguments.smoke and not visible_cards(1):
+        print("No NVIDIA GPU here, so nothing was measured; --smoke tries the benchmark itself.", file=sys.stderr)
+        return 2
+    print(json.dumps(machine()))
+    result = run(arguments.smoke)
+    path = save("gpu-smoke" if arguments.smoke else "gpu", result)
+    draw(result, path.with_suffix(".png"))
+    print(path)
+    return 0 if any(case["lengths"] for case in result["cases"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
