@@ -159,6 +159,7 @@ def test_a_step_of_large_calls_adds_replicas_and_a_node_and_both_go_again(scalin
     load = OpenLoad(str(scaling.client.base_url))
     # One call a second takes a third of a replica, eight take nearly three.
     many = many_of(scaling, 0.35)
+    wait_for(lambda: len(scaling.replicas("minilm")) == 1, 120, what="one replica, after what was measured is over")
 
     async def run() -> tuple[float | None, float | None]:
         await load.run(1, 20, lambda: mixed(rng, many))
