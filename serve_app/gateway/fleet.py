@@ -205,10 +205,10 @@ class Fleet:
             await asyncio.sleep(_STATUS_EVERY_S)
 
     def _follow_fingerprints(self, apps: dict[str, AppStatus]) -> None:
-        variants = {name: app for name, app in apps.items() if "Reranker" in app.running}
-        self.fingerprints.keep(variants)
-        for name, app in variants.items():
-            ask = self.fingerprints.follow(name, app.status, app.running["Reranker"], app.deployed_at_s)
+        self.fingerprints.keep(apps)
+        for name, app in apps.items():
+            running = app.running.get("Reranker", 0)
+            ask = self.fingerprints.follow(name, app.status, running, app.deployed_at_s)
             if ask and name not in self._asking:
                 task = self._asking[name] = asyncio.get_running_loop().create_task(self._ask_fingerprint(name))
                 task.add_done_callback(partial(self._asked, name))
