@@ -19,6 +19,7 @@ from serve_app.reranker.engine_args import check_engine_args, engine_settings
 from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
 from serve_app.reranker.memory import CONTEXT_BYTES
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
+from serve_app.reranker.metrics import report_load
 from serve_app.reranker.model import Model, resolve, scoring_fingerprint
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
 from serve_app.reranker.scores import cosines, sigmoids
@@ -77,6 +78,7 @@ class Reranker:
         await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
         # The first batch is slower than any later one.
         self._meter = LoadMeter(self._engine.max_batch_tokens)
+        self._reporting = asyncio.get_running_loop().create_task(report_load(self._meter))
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
             f"max_model_len {self._max_model_len}) after {time.monotonic() - began:.1f} s."
