@@ -534,9 +534,7 @@ async def _in_vain(users: Users) -> None:
     await until(lambda: users.failures > failed + 3, "exchanges in vain")
 
 
-def test_redis_stopped_and_started_during_a_rollout(folder: Path, kind: str) -> None:
-    if kind != "redis":
-        pytest.skip("a file does not stop")
+def test_redis_stopped_and_started_during_a_rollout(folder: Path) -> None:
     needs_redis()
     data = folder / "redis"
     data.mkdir()
