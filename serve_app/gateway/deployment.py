@@ -14,13 +14,12 @@ from serve_app.access import API_KEYS, API_KEYS_FILE
 from serve_app.config import GatewayArgs
 from serve_app.gateway.app import create_app
 from serve_app.gateway.fleet import Fleet
-from serve_app.gateway.keys import Keys
-from serve_app.gateway.metrics import Metrics
+from serve_app.gateway.metrics import Gauges, Metrics
 from serve_app.gateway.service import Service
 
 logger = logging.getLogger("ray.serve")
 
-_KEYS_EVERY_S = 2.0
+_REFRESH_EVERY_S = 2.0
 
 
 @serve.deployment(
@@ -54,12 +53,16 @@ class Gateway:
         self.fleet.watch()
         self.service.rollouts.configure(self.service.settings)
         if self._refreshing is None:
-            self._refreshing = asyncio.get_running_loop().create_task(_refresh(self.service.keys))
+            gauges = Gauges(serve.get_replica_context().replica_tag)
+            self._refreshing = asyncio.get_running_loop().create_task(_refresh(self.service, gauges))
 
 
-async def _refresh(keys: Keys) -> None:
+async def _refresh(service: Service, gauges: Gauges) -> None:
+    """Follows the file of keys, and tells Prometheus of the gateway."""
+    keys = service.keys
     while True:
-        await asyncio.sleep(_KEYS_EVERY_S)
+        gauges.set(service)
+        await asyncio.sleep(_REFRESH_EVERY_S)
         if await asyncio.to_thread(keys.refresh):
             if keys.problem:
                 logger.error("the API keys stay as they were: %s", keys.problem)

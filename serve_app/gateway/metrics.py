@@ -5,10 +5,11 @@ Labels have few values: names of the config, paths of the API, words of ours. No
 
 from collections.abc import Sequence
 
-from ray.util.metrics import Counter, Histogram
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call
+from serve_app.gateway.service import Service
 
 # Seconds; two a factor of two apart would blur a p95, so they are closer.
 _BOUNDS = [0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30]
@@ -74,3 +75,31 @@ class Metrics:
         ):
             if value:
                 counter.inc(value, variant)
+
+
+class Gauges:
+    """What a gateway replica is like now, to be told of every few seconds."""
+
+    def __init__(self, replica: str) -> None:
+        self._replica = {"replica": replica}
+        self._entries, self._bytes, self._store_up = (
+            Gauge(f"serve_app_cache_{name}", description, tag_keys=("replica",))
+            for name, description in (
+                ("entries", "Scores in the gateway's memory, also those past their time."),
+                ("bytes", "Room for scores, of memory that is taken as it fills."),
+                ("store_up", "0 while the score cache's Redis is left out because it doesn't answer in time."),
+            )
+        )
+        self._problem = Gauge(
+            "serve_app_gateway_problem",
+            "1 while keys or settings are refused, and the old ones stay in force.",
+            tag_keys=("replica", "what"),
+        )
+
+    def set(self, service: Service) -> None:
+        cache = service.scoring.stats()
+        self._entries.set(cache.get("entries", 0), self._replica)
+        self._bytes.set(cache.get("size_bytes", 0), self._replica)
+        self._store_up.set(float(not cache.get("redis_out", False)), self._replica)
+        for what, problem in (("keys", service.keys.problem), ("settings", service.settings_error)):
+            self._problem.set(float(problem is not None), {**self._replica, "what": what})

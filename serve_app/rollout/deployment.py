@@ -15,6 +15,7 @@ from serve_app.reranker.messages import ScoreRequest
 from serve_app.rollout.controller import Controller
 from serve_app.rollout.machine import Action
 from serve_app.rollout.messages import News, Reply, Splits
+from serve_app.rollout.metrics import report_rollouts
 from serve_app.rollout.store import Event, open_store
 
 logger = logging.getLogger("ray.serve")
@@ -44,7 +45,10 @@ class Rollout:
         self._controller = Controller(open_store(args.store), self._not_ready)
         self._events_log = _events_log(args.events_log) if args.events_log else None
         self._waking: dict[str, float] = {}
-        self._running = asyncio.get_running_loop().create_task(self._controller.run())
+        loop = asyncio.get_running_loop()
+        self._running = loop.create_task(self._controller.run())
+        replica = serve.get_replica_context().replica_tag
+        self._reporting = loop.create_task(report_rollouts(self._controller.store, replica))
 
     async def exchange(self, news: News) -> Splits:
         return await self._controller.exchange(news)
