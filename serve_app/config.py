@@ -84,7 +84,8 @@ class RecallArgs(Block):
 class RolloutArgs(Block):
     """`args` of `serve_app.rollout:build`: the controller of canary rollouts."""
 
-    # sqlite:///path on one machine, redis://[:password@]host[:port][/db] on a cluster.
+    # sqlite:///path on one machine, redis://[:password@]host[:port][/db] on a cluster; the password may also be
+    # SERVE_APP_REDIS_PASSWORD in the environment.
     store: str = Field(min_length=1)
     # JSON Lines file for the raw events of /v1/events, rotated at 100 MB, five files; None: none.
     events_log: str | None = Field(default=None, min_length=1)
@@ -188,7 +189,7 @@ class Cache(Block):
     # 32 bytes a score, of memory that is taken as it fills.
     max_bytes: int = Field(default=64 * 2**20, ge=2**20)
     ttl_s: int = Field(default=3600, ge=1, le=30 * 86_400)
-    # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS.
+    # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS; SERVE_APP_REDIS_PASSWORD as above.
     redis: SecretStr | None = None
 
     @field_validator("redis")

@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
+from serve_app.access import redis_password
 from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.cache import Keys, Patience, Scores, Times
 
@@ -66,6 +67,8 @@ class RedisTier:
         # RESP 2, because servers before 6 speak nothing else. A retry would come too late for anybody.
         self._redis: Any = redis.Redis.from_url(
             url,
+            # Where the url brings none.
+            password=redis_password(),
             protocol=2,
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
+from serve_app.access import redis_password
+
 Document = dict[str, Any]
 RANKS = 10
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -275,8 +277,8 @@ class Store(Protocol):
 
 def open_store(url: str, limits: Limits | None = None, setting: str = "store") -> Store:
     """The store at `sqlite:///absolute/path`, `sqlite://relative/path` or `redis://[:password@]host[:port][/db]`
-    (special characters of the password as %XX; fleets that share a server take a db each). Reaches for it at first
-    use, not here. Raises ValueError."""
+    (special characters of the password as %XX, or SERVE_APP_REDIS_PASSWORD in the environment; fleets that share a
+    server take a db each). Reaches for it at first use, not here. Raises ValueError."""
     from serve_app.rollout.redis_store import RedisStore
     from serve_app.rollout.sqlite_store import SqliteStore
 
@@ -303,7 +305,7 @@ def open_store(url: str, limits: Limits | None = None, setting: str = "store") -
     if not host or parts.query or parts.fragment or db < 0:
         raise refused("it needs a host, and takes nothing after the number of the database")
     username, password = (unquote(part) if part else None for part in (parts.username, parts.password))
-    return RedisStore(host, port, db, limits, username=username, password=password)
+    return RedisStore(host, port, db, limits, username=username, password=password or redis_password())
 
 
 def without_password(url: str) -> str:

@@ -97,6 +97,18 @@ def test_a_gateway_finds_what_another_computed(server):
     run(check)
 
 
+def test_the_password_may_be_in_the_environment(server, monkeypatch):
+    monkeypatch.setenv("SERVE_APP_REDIS_PASSWORD", PASSWORD)
+
+    async def check():
+        scoring = gateway(Replicas(), url_of(server, password=""))
+        await ask(scoring, ["from the environment"])
+        await until(written(server, 1))
+        await scoring._redis.close()
+
+    run(check)
+
+
 def test_scores_of_another_revision_are_not_found(server):
     async def check():
         one, two = gateway(Replicas(), url_of(server)), gateway(Replicas("f2"), url_of(server))

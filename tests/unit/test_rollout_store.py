@@ -795,6 +795,15 @@ def test_redis_that_hangs_is_given_up_on_in_two_seconds(own_redis: RedisServer, 
     assert store.get("r1") == there
 
 
+def test_a_password_may_be_in_the_environment(
+    own_redis: RedisServer, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVE_APP_REDIS_PASSWORD", "s3cret/@")
+    store = opened(f"redis://127.0.0.1:{own_redis.port}")
+    assert store.active() == []
+    assert "s3cret" not in repr(store)
+
+
 def test_redis_refusals_say_what_to_do(own_redis: RedisServer, opened: Opener) -> None:
     wrong = opened(f"redis://:wr0ng@127.0.0.1:{own_redis.port}")
     with pytest.raises(StoreUnavailable, match="refused the user or the password") as refused:
