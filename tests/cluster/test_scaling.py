@@ -90,8 +90,8 @@ def mixed(rng: random.Random, many: int) -> dict[str, Any]:
 
 
 def many_of(cluster: Cluster, work_s: float) -> int:
-    """The `many` with which a `mixed` call takes one replica `work_s` on average, on this machine at its best: what
-    else it does meanwhile would make the load too small."""
+    """The `many` with which a `mixed` call takes one replica `work_s` on average, on this machine at its best:
+    what else it does meanwhile would make the load too small. May leave more than one replica for a while."""
     body = {
         "model": "minilm",
         "query": "red",
@@ -123,7 +123,8 @@ async def until(load: "asyncio.Task[None]", condition: Any, limit_s: float) -> f
 @pytest.fixture(scope="module")
 def scaling(cluster: Cluster) -> Cluster:
     """A sleeping variant of half a GPU a replica: two find a place on the head, a third on a new node."""
-    cluster.deploy([gateway("minilm"), minilm(0.5, min_replicas=0, max_replicas=3, downscale_to_zero_delay_s=20)])
+    sleeping = {"min_replicas": 0, "downscale_to_zero_delay_s": 20, "upscale_delay_s": 0}
+    cluster.deploy([gateway("minilm"), minilm(0.5, max_replicas=3, **sleeping)])
     cluster.wait_gateway()
     assert not cluster.replicas("minilm")
     return cluster
@@ -159,7 +160,9 @@ def test_a_step_of_large_calls_adds_replicas_and_a_node_and_both_go_again(scalin
     load = OpenLoad(str(scaling.client.base_url))
     # One call a second takes a third of a replica, eight take nearly three.
     many = many_of(scaling, 0.35)
-    wait_for(lambda: len(scaling.replicas("minilm")) == 1, 120, what="one replica, after what was measured is over")
+    wait_for(
+        lambda: len(scaling.replicas("minilm")) == 1, 120, what="one replica, after what was measured is over"
+    )
 
     async def run() -> tuple[float | None, float | None]:
         await load.run(1, 20, lambda: mixed(rng, many))
