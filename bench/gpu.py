@@ -295,8 +295,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=case["name"])
         axis.set(title=title, xlabel="tokens a document", xscale="log")
+        axis.set_xticks(DOCUMENT_TOKENS, [f"{n:,}" for n in DOCUMENT_TOKENS])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set(yscale="log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
