@@ -126,8 +126,7 @@ class Bm25s:
             query, stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False
         )
         k = min(k, self._retriever.scores["num_docs"])
-        # A thread of its own choosing is not what is compared: the caller has them.
-        found, scores = self._retriever.retrieve(tokens, k=k, n_threads=1, show_progress=False)
+        found, scores = self._retriever.retrieve(tokens, k=k, show_progress=False)
         return [int(id) for id, score in zip(found[0], scores[0], strict=True) if score > 0]
 
 
