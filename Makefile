@@ -9,7 +9,7 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: soak help setup setup-dev index serve stop lint test test-unit clean simulate bench-gpu
+.PHONY: soak help setup setup-dev index serve stop lint test test-unit test-cluster-files manifests clean simulate bench-gpu
 .SILENT:
 
 help:
@@ -19,7 +19,7 @@ help:
 	echo "make soak                  eleven minutes of constant load on a scaling variant"
 	echo "make simulate              compare scaling policies on simulated traffic (3 min); pictures in .run/simulate"
 	echo "make bench-gpu             the three published shapes on this machine's GPU (8 min)"
-	echo "make setup | index | lint | clean"
+	echo "make setup | index | lint | manifests | clean"
 
 setup:
 	scripts/setup.sh $(VENV) $(DEVICE) run
@@ -47,11 +47,20 @@ lint: setup-dev
 test-unit: setup-dev
 	$(BIN)/pytest -q tests/unit
 
-test: lint test-unit
+# The manifests, launcher files, alert rules and dashboard of cluster/.
+test-cluster-files: setup-dev
+	$(BIN)/pytest -q tests/cluster_files
+
+# After a change of configs/ or of an overlay's config.yaml.
+manifests: setup-dev
+	$(BIN)/python cluster/kuberay/generate.py
+
+test: lint test-unit test-cluster-files
 	$(BIN)/pytest -q tests/commands
 	$(BIN)/pytest -q tests/system
 	$(BIN)/pytest -q tests/rollout
 	$(BIN)/pytest -q tests/cluster
+	$(BIN)/pytest -q tests/draining
 
 # Eleven minutes of constant load, too long for every run.
 soak: setup-dev

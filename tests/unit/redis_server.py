@@ -1,4 +1,4 @@
-"""A real Redis server for tests (`scripts/install-redis.sh` installs one)."""
+"""A real Redis server for tests (`scripts/install-tools.sh` installs one)."""
 
 import ctypes
 import shutil
@@ -56,4 +56,4 @@ def die_with_the_tests() -> None:
 
 def needs_redis() -> None:
     if not shutil.which("redis-server"):
-        pytest.skip("redis-server is not installed (scripts/install-redis.sh)")
+        pytest.skip("redis-server is not installed (scripts/install-tools.sh)")

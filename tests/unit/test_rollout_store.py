@@ -1,5 +1,5 @@
 """One suite for both rollout stores. Redis is a real server that the tests start; its half is skipped where none
-is installed (`scripts/install-redis.sh` does it)."""
+is installed (`scripts/install-tools.sh` does it)."""
 
 import logging
 import pickle
