@@ -13,7 +13,7 @@ import yaml
 from serve_app.configfile import ConfigFile, load
 from serve_app.launch import ENVIRONMENT, FAST, least_resources
 from serve_app.plan import plan
-from tests.cluster_files.conftest import ROOT, Manifests, Object, load_generator
+from tests.cluster_files.conftest import KUBERAY, ROOT, Manifests, Object, load_generator
 
 CRD = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayservices.yaml"
 KUBERNETES = "1.34"
@@ -57,6 +57,14 @@ def test_kubernetes_takes_its_own_kinds(manifests: Manifests) -> None:
     pods = [{"apiVersion": "v1", "kind": "Pod", **pod} for pod in manifests.pods]
     for found in (*own, *pods):
         kubernetes_validate.validate(found, KUBERNETES, strict=True)
+
+
+def test_the_pod_that_fills_the_index_is_valid_and_mounts_its_volume() -> None:
+    pod = yaml.safe_load((KUBERAY / "index-pod.yaml").read_text())
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    (volume,) = pod["spec"]["volumes"]
+    claims = {found["metadata"]["name"] for found in Manifests("gpu-l4").all("PersistentVolumeClaim")}
+    assert volume["persistentVolumeClaim"]["claimName"] in claims
 
 
 def test_the_operator_takes_the_rayservice(manifests: Manifests) -> None:
