@@ -162,8 +162,8 @@ class Service:
         return recalled.candidates, (time.monotonic() - started) * 1e3
 
     async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[Call, Ranking]:
-        """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered. BM25
-        is no stand-in here: a score is a model's number or an error."""
+        """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered.
+        BM25 is no stand-in here: a score is a model's number or an error."""
         check_documents(call.settings, [document for _, document in pairs], "text_2")
         positions_of: dict[str, list[int]] = {}
         for position, (query, document) in enumerate(pairs):
