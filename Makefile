@@ -9,7 +9,7 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: soak help setup setup-dev index serve stop lint test test-unit test-cluster-files manifests clean simulate bench-gpu
+.PHONY: soak help setup setup-dev index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
 .SILENT:
 
 help:
@@ -18,6 +18,7 @@ help:
 	echo "make test | test-unit      all tests | those that need no engine"
 	echo "make soak                  eleven minutes of constant load on a scaling variant"
 	echo "make simulate              compare scaling policies on simulated traffic (3 min); pictures in .run/simulate"
+	echo "make bench                 every benchmark that a CPU can run; tables, JSON and charts"
 	echo "make bench-gpu             the three published shapes on this machine's GPU (8 min)"
 	echo "make setup | index | lint | manifests | clean"
 
@@ -69,6 +70,10 @@ soak: setup-dev
 simulate: setup-dev
 	mkdir -p .run/simulate
 	$(BIN)/serve-app simulate --trace all --json .run/simulate/comparison.json --png .run/simulate/comparison.png
+
+bench: setup-dev
+	$(BIN)/pip install -q -c constraints/cpu.txt -e ".[bench]"
+	$(BIN)/python -m bench
 
 # Asked first, because the GPU build takes minutes to install.
 bench-gpu:
