@@ -3,9 +3,9 @@
     python -m bench.rollout [--rounds N]
 
 The split is timed as the gateway runs it on a call's way: naming the plan with a live split, against naming it
-without any. Mirroring is timed over HTTP at half of what the fleet answers at most; blocks with and without a tenth
-of the calls mirrored alternate. It is done twice: with rerankers that wait instead of computing, as those with a GPU
-of their own do for the gateway, and with MiniLM on the CPU, where the canary takes its cores from stable.
+without any. Mirroring is timed over HTTP at half of what the fleet answers at most; blocks with and without a
+tenth of the calls mirrored alternate. It is done twice: with rerankers that wait instead of computing, as those
+with a GPU of their own do for the gateway, and with MiniLM on the CPU, where the canary takes stable's cores.
 """
 
 import argparse
