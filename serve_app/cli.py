@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("--port", type=_port, help="where several are up")
     down.set_defaults(run=_down)
 
+    drain = commands.add_parser(
+        "drain", help="empty this machine's Ray node before it goes (RAY_ADDRESS names the head)"
+    )
+    drain.add_argument("--limit-s", type=_positive, default=480, help="(default: %(default)s)")
+    drain.add_argument("--port", type=_port, default=8000, help="of the proxy (default: %(default)s)")
+    drain.set_defaults(run=_drain)
+
     key = commands.add_parser("key", help="make an API key for the gateway's file of keys")
     key.add_argument("name", help="whose key it is")
     key.set_defaults(run=_key)
@@ -179,6 +186,16 @@ def _down(arguments: argparse.Namespace) -> int:
     except LaunchError as error:
         return _complain(error, 1)
     print(f"stopped what served on port {stopped}" if stopped else "nothing of ours is up")
+    return 0
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from serve_app.drain import DrainError, drain
+
+    try:
+        drain(arguments.limit_s, arguments.port)
+    except DrainError as error:
+        return _complain(error, 1)
     return 0
 
 
