@@ -7,7 +7,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import RecallArgs
 from serve_app.recall.messages import RecallRequest, RecallResult
-from serve_app.recall.metrics import report_index
+from serve_app.recall.metrics import Metrics
 from serve_app.recall.searcher import Searcher
 from serve_app.recall.tantivy_index import TantivyIndex
 
@@ -28,7 +28,7 @@ class Recall:
     def __init__(self, args: RecallArgs) -> None:
         index = TantivyIndex(args.index, title_boost=args.title_boost, text_boost=args.text_boost)
         self._searcher = Searcher(index, args.threads)
-        report_index(index.stats())
+        self._metrics = Metrics(index.stats())
 
     async def search(self, request: RecallRequest) -> RecallResult:
         return await self._searcher.search(request)
@@ -37,6 +37,8 @@ class Recall:
         return await self._searcher.stats()
 
     def check_health(self) -> None:
+        """Serve asks every few seconds."""
+        self._metrics.tell()
         self._searcher.check()
 
 

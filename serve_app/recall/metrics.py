@@ -6,11 +6,21 @@ from ray import serve
 from ray.util.metrics import Gauge
 
 
-def report_index(stats: dict[str, Any]) -> None:
-    """Once will do: an index stays as it was opened, and Ray goes on telling the last number."""
-    context = serve.get_replica_context()
-    labels = {"catalogue": context.app_name, "replica": context.replica_tag}
-    documents = Gauge("serve_app_recall_documents", "Documents of the index.", tag_keys=tuple(labels))
-    size = Gauge("serve_app_recall_index_bytes", "The index's files, rows included.", tag_keys=tuple(labels))
-    documents.set(stats["documents"], labels)
-    size.set(stats["bytes"], labels)
+class Metrics:
+    """To be told every few seconds: Ray forgets a number that isn't."""
+
+    def __init__(self, stats: dict[str, Any]) -> None:
+        context = serve.get_replica_context()
+        self._labels = {"catalogue": context.app_name, "replica": context.replica_tag}
+        self._stats = stats
+        self._documents, self._bytes = (
+            Gauge(f"serve_app_recall_{name}", description, tag_keys=tuple(self._labels))
+            for name, description in (
+                ("documents", "Documents of the index."),
+                ("index_bytes", "The index's files, rows included."),
+            )
+        )
+
+    def tell(self) -> None:
+        self._documents.set(self._stats["documents"], self._labels)
+        self._bytes.set(self._stats["bytes"], self._labels)

@@ -24,9 +24,9 @@ async def report_rollouts(store: Store, replica: str) -> None:
     metrics = Metrics(replica)
     while True:
         try:
-            metrics.set(newest(await asyncio.to_thread(store.recent, _NEWEST), time.time()))
+            metrics.tell(newest(await asyncio.to_thread(store.recent, _NEWEST), time.time()))
         except StoreError:
-            metrics.set(None)
+            metrics.tell(None)
         await asyncio.sleep(_EVERY_S)
 
 
@@ -59,18 +59,12 @@ class Metrics:
             "1 for the state of the route's newest rollout, 0 for all others.",
             tag_keys=("replica", "route", "state"),
         )
-        self._routes: set[str] = set()
 
-    def set(self, states: dict[str, State] | None) -> None:
-        """None: the store does not answer. What was told last stays, as it does for the gateways."""
+    def tell(self, states: dict[str, State] | None) -> None:
+        """None: the store does not answer. Ray forgets what isn't told again."""
         self._up.set(float(states is not None), self._replica)
-        if states is None:
-            return
-        # A gauge can't be taken back: a route without a rollout is told of with zeros.
-        self._routes |= states.keys()
-        for route in self._routes:
-            current, labels = states.get(route), {**self._replica, "route": route}
-            self._weight.set(current.weight if current else 0.0, labels)
+        for route, state in (states or {}).items():
+            labels = {**self._replica, "route": route}
+            self._weight.set(state.weight, labels)
             for status in get_args(Status):
-                is_in_it = current is not None and current.status == status
-                self._state.set(float(is_in_it), {**labels, "state": status})
+                self._state.set(float(state.status == status), {**labels, "state": status})
