@@ -17,12 +17,11 @@ def test_prometheus_is_told_where_a_rollout_is(fleet: RolloutSystem) -> None:
         route="third", stable="stable", canary="slow", guards=NO_GUARDS, steps=[{"set_weight": 40}, {"pause": {}}]
     )
     fleet.operator.wait(rollout, status="paused")
-    wait_for(lambda: _weight("third") == 40, 60, 2, "the weight")
-    assert _state("third") == {"paused"}
+    # What a replica before this one told is there for some seconds.
+    wait_for(lambda: (_weight("third"), _state("third")) == (40, {"paused"}), 60, 2, "the weight")
     assert not {name for name in named() if name.startswith(OF_ROLLOUTS)} - exported()
     assert fleet.operator.act(rollout, "abort").status_code == 200
-    wait_for(lambda: _state("third") == {"aborted"}, 60, 2, "the end")
-    assert _weight("third") == 0
+    wait_for(lambda: (_weight("third"), _state("third")) == (0, {"aborted"}), 60, 2, "the end")
 
 
 def _weight(route: str) -> float | None:
