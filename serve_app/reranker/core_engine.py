@@ -126,8 +126,8 @@ class CoreEngine(ABC):
                 continue
             vector = output.pooling_output
             if vector is None or not vector.numel():
-                # What was aborted, or refused by the core, ends like this.
-                _fail(call, f"no result for a prompt ({output.finish_reason})")
+                # What was aborted, or refused by the core, ends like this; so does all when it shuts down.
+                _fail(call, f"engine failed: {self._error or f'no result for a prompt ({output.finish_reason})'}")
                 continue
             call.vectors[i] = vector
             call.left -= 1
