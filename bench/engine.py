@@ -1,24 +1,25 @@
 """Ways to drive vLLM's engine, measured in turns: pairs a second from ready-made token ids, on a model that is all
 overhead and on one that computes.
 
-    python -m bench.engine [--rounds 5]
+    python -m bench.engine [--rounds 5] [--shape tiny]
 """
 
 import argparse
 import asyncio
 import itertools
+import json
 import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.common import Spread, percentile, save, show
+from bench.common import RESULTS, Spread, percentile, save, show
 from serve_app.config import RerankerArgs
 from serve_app.reranker.engine import Engine, cpu_has_bf16, prepare_environment
 from serve_app.reranker.engine_args import engine_settings
@@ -52,49 +53,79 @@ WAYS = {
     "inprocess": "E: batches to the core, in process",
     "text": "E with tokenising and scores",
 }
-PAIRS, AT_ONCE, SECONDS = 200, (1, 8), 1.5
+# Pairs of a call.
+PAIRS = {"tiny": 200, "25m": 50}
+AT_ONCE, SECONDS = (1, 8), 1.5
 _HEAD, _QUERY, _DOCUMENT, _SUFFIX = 62, 8, 35, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    result = run(parser.parse_args().rounds)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all; results of others stay")
+    args = parser.parse_args()
+    result = run(args.rounds, args.shape or tuple(SHAPES))
     for shape, ways in result["pairs_per_s"].items():
-        heads = ["way", *(f"{calls} x {PAIRS} pairs" for calls in AT_ONCE), "loop's lag, p99 ms", "ready in s"]
-        rows = [
-            [WAYS[way], *(spread.text(4) for spread in found["rates"]), found["lag_p99_ms"], found["ready_s"]]
-            for way, found in ways.items()
-        ]
-        show(f"{shape}, pairs a second", heads, rows)
+        _show(shape, ways)
+    if (before := RESULTS / "engine.json").is_file():
+        result["pairs_per_s"] = json.loads(before.read_text())["pairs_per_s"] | result["pairs_per_s"]
     print(save("engine", result))
 
 
-def run(
-    rounds: int, shapes: tuple[str, ...] = tuple(SHAPES), ways: tuple[str, ...] = tuple(WAYS)
-) -> dict[str, Any]:
+def run(rounds: int, shapes: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
     """Every way in a process of its own, all of them loaded, and one at a time working."""
     with tempfile.TemporaryDirectory() as folder:
-        return {"rounds": rounds, "pairs_per_s": {s: _compare(Path(folder), s, ways, rounds) for s in shapes}}
+        return {
+            "rounds": rounds,
+            "pairs_per_s": {shape: _compare(Path(folder), shape, rounds) for shape in shapes},
+        }
 
 
-def _compare(root: Path, shape: str, ways: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def _show(shape: str, ways: dict[str, Any]) -> None:
+    heads = [
+        "way",
+        *(f"{n} x {PAIRS[shape]} pairs" for n in AT_ONCE),
+        "of bare",
+        "loop's lag, p99 ms",
+        "ready in s",
+    ]
+    rows = []
+    for way, found in ways.items():
+        shares = zip(found["rates"], ways["bare"]["rates"], strict=True)
+        rows.append(
+            [
+                WAYS[way],
+                *(spread.text(4) for spread in found["rates"]),
+                " / ".join(f"{mine.median / bare.median:.2f}" for mine, bare in shares),
+                f"{found['lag_p99_ms']:.1f}",
+                f"{found['ready_s']:.1f}",
+            ]
+        )
+    show(f"{shape}, pairs a second", heads, rows)
+
+
+def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
     folder = models.qwen3_without_weights(root / shape, **SHAPES[shape])
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
-    ready_s, rates, lags = {}, {way: [[] for _ in AT_ONCE] for way in ways}, {way: [] for way in ways}
+    ready_s: dict[str, float] = {}
+    rates: dict[str, list[list[float]]] = {way: [[] for _ in AT_ONCE] for way in WAYS}
+    lags: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
-        for way in ways:
+        for way in WAYS:
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(way, str(folder), there))
+            process = spawn.Process(target=_work, args=(way, str(folder), PAIRS[shape], there))
             process.start()
             workers[way] = process, here
             ready_s[way] = _receive(here)
-        for _, (i, calls), way in itertools.product(range(rounds), enumerate(AT_ONCE), ways):
-            workers[way][1].send(calls)
-            rate, lag_ms = _receive(workers[way][1])
-            rates[way][i].append(rate)
-            lags[way].append(lag_ms)
+        names = list(WAYS)
+        for n, (i, calls) in itertools.product(range(rounds), enumerate(AT_ONCE)):
+            # Another begins each round.
+            for way in names[n % len(names) :] + names[: n % len(names)]:
+                workers[way][1].send(calls)
+                rate, lag_ms = _receive(workers[way][1])
+                rates[way][i].append(rate)
+                lags[way].append(lag_ms)
     finally:
         for process, pipe in workers.values():
             pipe.close()
@@ -103,10 +134,10 @@ def _compare(root: Path, shape: str, ways: tuple[str, ...], rounds: int) -> dict
     return {
         way: {
             "rates": [Spread.of(found) for found in rates[way]],
-            "lag_p99_ms": f"{statistics.median(lags[way]):.1f}",
-            "ready_s": f"{ready_s[way]:.1f}",
+            "lag_p99_ms": statistics.median(lags[way]),
+            "ready_s": ready_s[way],
         }
-        for way in ways
+        for way in WAYS
     }
 
 
@@ -119,7 +150,7 @@ def _receive(pipe: Connection) -> Any:
     return answer
 
 
-def _work(way: str, folder: str, pipe: Connection) -> None:
+def _work(way: str, folder: str, pairs: int, pipe: Connection) -> None:
     began = time.monotonic()
     prepare_environment(os.cpu_count() or 1)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -130,9 +161,9 @@ def _work(way: str, folder: str, pipe: Connection) -> None:
     settings = engine_settings(args, model, "cpu", 0, cpu_has_bf16())
     random.seed(way)
     if way == "bare":
-        measure, close = _bare(settings)
+        measure, close = _bare(settings, pairs)
     else:
-        measure, close = _ours(way, args, model, settings)
+        measure, close = _ours(way, args, model, settings, pairs)
     measure(1)
     pipe.send(time.monotonic() - began)
     try:
@@ -142,27 +173,27 @@ def _work(way: str, folder: str, pipe: Connection) -> None:
         close()
 
 
-def _bare(settings: dict[str, Any]) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
+def _bare(settings: dict[str, Any], pairs: int) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
     from vllm import LLM, PoolingParams, TokensPrompt
 
     llm = LLM(**settings)
     params = PoolingParams(task="classify", use_activation=False)
 
     def measure(calls: int) -> tuple[float, float]:
-        pairs = took = 0.0
+        done = took = 0.0
         while took < SECONDS:
-            batch = [TokensPrompt(prompt_token_ids=p.ids) for _ in range(calls) for p in _prompts()]
+            batch = [TokensPrompt(prompt_token_ids=p.ids) for _ in range(calls) for p in _prompts(pairs)]
             began = time.perf_counter()
             answered = llm.encode(batch, params, pooling_task="classify", use_tqdm=False)
             took += time.perf_counter() - began
-            pairs += len(answered)
-        return pairs / took, 0.0
+            done += len(answered)
+        return done / took, 0.0
 
     return measure, lambda: None
 
 
 def _ours(
-    way: str, args: RerankerArgs, model: Model, settings: dict[str, Any]
+    way: str, args: RerankerArgs, model: Model, settings: dict[str, Any], pairs: int
 ) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
     from serve_app.reranker.async_engine import AsyncEngine
     from serve_app.reranker.deployment import _prompts as builder_of
@@ -170,7 +201,12 @@ def _ours(
     from serve_app.reranker.public_engine import PublicEngine
     from serve_app.reranker.scores import sigmoids
 
-    kinds = {"public": PublicEngine, "async": AsyncEngine, "inprocess": InProcessEngine, "text": InProcessEngine}
+    kinds: dict[str, Any] = {
+        "public": PublicEngine,
+        "async": AsyncEngine,
+        "inprocess": InProcessEngine,
+        "text": InProcessEngine,
+    }
     engine: Engine = kinds[way](settings, "classify")
     builder = builder_of(args, model, 1024)
     runner = asyncio.Runner()
@@ -183,7 +219,7 @@ def _ours(
         sigmoids((await engine.pool(built.prompts)).vectors)
 
     async def batch(calls: int) -> tuple[float, list[float]]:
-        given: list[Any] = [_request() if way == "text" else _prompts() for _ in range(calls)]
+        given: list[Any] = [_request(pairs) if way == "text" else _prompts(pairs) for _ in range(calls)]
         lags: list[float] = []
         probe = asyncio.create_task(_probe(lags))
         began = time.perf_counter()
@@ -193,11 +229,11 @@ def _ours(
         return took, lags
 
     def measure(calls: int) -> tuple[float, float]:
-        pairs, took, lags = 0, 0.0, [0.0]
+        done, took, lags = 0, 0.0, [0.0]
         while took < SECONDS:
             seconds, more = runner.run(batch(calls))
-            took, pairs, lags = took + seconds, pairs + calls * PAIRS, lags + more
-        return pairs / took, percentile(lags, 0.99) * 1000
+            took, done, lags = took + seconds, done + calls * pairs, lags + more
+        return done / took, percentile(lags, 0.99) * 1000
 
     return measure, engine.close
 
@@ -214,15 +250,15 @@ _ids: Iterator[int] = iter(lambda: random.randrange(5, 1000), None)
 _head = list(itertools.islice(_ids, _HEAD))
 
 
-def _prompts() -> list[Prompt]:
+def _prompts(count: int) -> list[Prompt]:
     """A call's: the same head as all calls', a query of its own, and documents that weren't seen before."""
     head = _head + list(itertools.islice(_ids, _QUERY))
-    return [Prompt(head + list(itertools.islice(_ids, _DOCUMENT + _SUFFIX))) for _ in range(PAIRS)]
+    return [Prompt(head + list(itertools.islice(_ids, _DOCUMENT + _SUFFIX))) for _ in range(count)]
 
 
-def _request() -> ScoreRequest:
+def _request(count: int) -> ScoreRequest:
     rng = random.Random(random.random())
-    return ScoreRequest(models.text(rng, 5), [models.text(rng, 12) for _ in range(PAIRS)])
+    return ScoreRequest(models.text(rng, 5), [models.text(rng, 12) for _ in range(count)])
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ def prepare_environment(cpus: float) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        # Setting up its own logging, vLLM closes the handlers of all others, and Serve's log of the replica ends.
+        # Without, its warnings and errors go to stderr.
+        "VLLM_CONFIGURE_LOGGING": "0",
         # The worker in the engine's own process: on a CPU in this one, else in one that starts in half the time.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # Engines bind to fixed cores otherwise, and two on one machine to the same ones.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging.handlers
 import random
 import signal
 import threading
@@ -69,7 +70,15 @@ def settings(model_dir: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engines(settings: dict[str, Any]) -> Iterator[dict[str, Running]]:
+def log_handler() -> Iterator[logging.handlers.MemoryHandler]:
+    """As Serve logs. Closed, it would have no target any more."""
+    handler = logging.handlers.MemoryHandler(10, target=logging.NullHandler())
+    yield handler
+    handler.close()
+
+
+@pytest.fixture(scope="module")
+def engines(settings: dict[str, Any], log_handler: logging.handlers.MemoryHandler) -> Iterator[dict[str, Running]]:
     """One of each kind; what breaks an engine starts another."""
     with contextlib.ExitStack() as stack:
         started = {}
@@ -333,6 +342,12 @@ def test_a_hanging_step_is_no_health_until_it_ends(running: Running, monkeypatch
         await until(well)
 
     running.run(hang())
+
+
+def test_engines_leave_the_logs_of_others_open(
+    engines: dict[str, Running], log_handler: logging.handlers.MemoryHandler
+) -> None:
+    assert log_handler.target is not None
 
 
 def test_random_numbers_differ_after_a_start(settings: dict[str, Any], engines: dict[str, Running]) -> None:
