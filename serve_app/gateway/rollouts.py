@@ -34,10 +34,10 @@ _REPORTS_AT_ONCE, _SEARCHES_AT_ONCE = 500, 5_000
 # Mirrored calls of one gateway that are under way at once; more are dropped.
 _MIRRORED_AT_ONCE = 4
 _LATENCIES = 200
-# Of a canary call's time, what is kept for stable to answer instead: half as much again as stable's slow calls
-# take, within these parts; the larger one until that is known.
-_LEAST_KEPT, _MOST_KEPT = 0.1, 0.5
-_STABLE_MARGIN = 1.5
+# Of a canary call's time, what is kept for stable to answer instead: twice what stable's slow calls take, within
+# these parts; the larger one until that is known.
+_LEAST_KEPT, _MOST_KEPT = 0.25, 0.5
+_STABLE_MARGIN = 2
 # On either side of a rollout, one call in this time is computed although its scores may be known: the canary is
 # to be tried and both are to be timed, however much the cache answers.
 _COMPUTED_EVERY_S = 1.0
