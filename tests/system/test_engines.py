@@ -407,7 +407,8 @@ def test_closing_ends_calls_threads_and_processes(running: Running) -> None:
 
     assert running.run(close()) < 15
     _, alive = psutil.wait_procs(running.processes, timeout=5)
-    assert not alive
+    # Python's own, which lasts as long as this process.
+    assert not [process for process in alive if "resource_tracker" not in " ".join(process.cmdline())]
     if isinstance(running.engine, InProcessEngine):
         assert not running.engine._thread.is_alive()
 
