@@ -1,6 +1,7 @@
 """The bodies of answers, from rankings and stage reports. Pure."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from serve_app.gateway.plan import Call
 from serve_app.recall.messages import Candidate
 
 _SHOWN_BY_THEMSELVES = {"id", "_id", "title", "text"}
+# Nearer to 0 and 1 a score in float64 has no logit.
+_LEAST_PROBABILITY = 2.0**-53
 
 
 def search_answer(
@@ -62,6 +65,18 @@ def rerank_answer(
     }
 
 
+def tei_answer(ranking: Ranking, texts: Sequence[str] | None, raw_scores: bool) -> list[dict[str, Any]]:
+    """TEI's rerank answer, the best first; `texts` puts each result's text in."""
+    results: list[dict[str, Any]] = []
+    for position in ranking.order:
+        score = ranking.scores[position]
+        result: dict[str, Any] = {"index": position, "score": _logit(score) if raw_scores else score}
+        if texts is not None:
+            result["text"] = texts[position]
+        results.append(result)
+    return results
+
+
 def score_answer(call: Call, scores: Sequence[float], reports: Sequence[StageReport]) -> dict[str, Any]:
     """vLLM's score answer."""
     return {
@@ -110,6 +125,11 @@ def _stage(report: StageReport) -> dict[str, Any]:
     if report.skipped is not None:
         body["skipped"] = report.skipped
     return body
+
+
+def _logit(score: float) -> float:
+    p = min(max(score, _LEAST_PROBABILITY), 1 - _LEAST_PROBABILITY)
+    return math.log(p) - math.log1p(-p)
 
 
 def _usage(reports: Sequence[StageReport]) -> dict[str, int]:

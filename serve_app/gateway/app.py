@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from serve_app import __version__
 from serve_app.config import GatewaySettings
 from serve_app.gateway import wire
-from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
+from serve_app.gateway.answers import rerank_answer, score_answer, search_answer, tei_answer
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
@@ -36,7 +37,7 @@ B = TypeVar("B", bound=BaseModel)
 # A body that trickles in must not hold one of limits.max_concurrent_calls for ever.
 _BODY_TIMEOUT_S = 10
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_BODIES = (wire.SearchBody, wire.RerankBody, wire.CohereV2Body, wire.ScoreBody, RolloutBody, EventsBody)
+_BODIES = (wire.SearchBody, wire.AnyRerankBody, wire.CohereV2Body, wire.ScoreBody, RolloutBody, EventsBody)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": wire.ErrorBody, "description": description}
     for status, description in {
@@ -83,31 +84,50 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
         return await _answer(service, observe, request, wire.SearchBody, answer)
 
-    def rerank(documents_by_default: bool) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            async def answer(body: wire.RerankBody) -> Any:
-                call = _call(service, request, body)
-                limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
-                service.spend(request.state.key, len(body.documents))
-                query = _text(body.query, None, "query")
-                documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
-                call, ranking = await service.rerank(call, query, documents)
-                request.state.ran = call, ranking.reports
-                wanted = documents_by_default if body.return_documents is None else body.return_documents
-                shown = [_shown(document) for document in body.documents] if wanted else None
-                return rerank_answer(call, ranking, body.top_n, shown)
+    async def rerank_documents(request: Request, body: wire.RerankBody, shown_by_default: bool) -> Any:
+        call = _call(service, request, body)
+        limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
+        service.spend(request.state.key, len(body.documents))
+        query = _text(body.query, None, "query")
+        documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
+        call, ranking = await service.rerank(call, query, documents)
+        request.state.ran = call, ranking.reports
+        wanted = shown_by_default if body.return_documents is None else body.return_documents
+        shown = [_shown(document) for document in body.documents] if wanted else None
+        return rerank_answer(call, ranking, body.top_n, shown)
 
-            return await _answer(service, observe, request, wire.RerankBody, answer)
+    async def rerank_texts(request: Request, body: wire.TeiBody) -> Any:
+        call = _call(service, request, body)
+        if not body.truncate:
+            # What is cached doesn't say whether it was cut.
+            call = replace(call, fresh=True)
+        service.spend(request.state.key, len(body.texts))
+        call, ranking = await service.rerank(call, body.query, body.texts, "texts")
+        request.state.ran = call, ranking.reports
+        cut = max((report.truncated for report in ranking.reports), default=0)
+        if cut and not body.truncate:
+            message = f"{cut} of texts are longer than the model reads; truncate: true cuts them"
+            raise ApiError("prompt_too_long", message, param="texts")
+        return tei_answer(ranking, body.texts if body.return_text else None, body.raw_scores)
 
-        return endpoint
+    @app.post("/v1/rerank", **_takes(wire.RerankBody, wire.RerankAnswer, "Rerank documents (Cohere v1, Jina)"))
+    async def rerank_v1(request: Request) -> Response:
+        # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
+        return await _answer(
+            service, observe, request, wire.RerankBody, lambda body: rerank_documents(request, body, False)
+        )
 
-    # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
-    for path, dialect, with_documents in (
-        ("/v1/rerank", "Cohere v1, Jina", False),
-        ("/rerank", "vLLM, Jina", True),
-    ):
-        described = _takes(wire.RerankBody, wire.RerankAnswer, f"Rerank documents ({dialect})")
-        app.post(path, **described)(rerank(with_documents))
+    @app.post(
+        "/rerank",
+        **_takes(wire.AnyRerankBody, wire.AnyRerankAnswer, "Rerank documents (vLLM, Jina) or texts (TEI)"),
+    )
+    async def rerank(request: Request) -> Response:
+        async def answer(body: wire.AnyRerankBody) -> Any:
+            if isinstance(body.root, wire.TeiBody):
+                return await rerank_texts(request, body.root)
+            return await rerank_documents(request, body.root, True)
+
+        return await _answer(service, observe, request, wire.AnyRerankBody, answer)
 
     @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
     async def rerank_v2(request: Request) -> Response:
@@ -384,6 +404,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("str", "TextDocument") and not part.startswith(("list[", "function-")):
+        elif part not in ("str", "TextDocument", "RerankBody", "TeiBody") and not part.startswith(
+            ("list[", "function-")
+        ):
             path += f".{part}" if path else part
     return path

@@ -132,11 +132,13 @@ class Service:
         )
         return call, candidates, ranking
 
-    async def rerank(self, call: Call, query: str, documents: list[str]) -> tuple[Call, Ranking]:
-        """The plan's stages over the caller's documents; BM25 over them where no stage could answer. The call that
-        comes back is the one that was answered."""
+    async def rerank(
+        self, call: Call, query: str, documents: list[str], param: str = "documents"
+    ) -> tuple[Call, Ranking]:
+        """The plan's stages over the caller's documents, which the dialect calls `param`; BM25 over them where no
+        stage could answer. The call that comes back is the one that was answered."""
         check_query(call.settings, query)
-        check_documents(call.settings, documents)
+        check_documents(call.settings, documents, param)
 
         async def attempt(call: Call) -> Ranking:
             return await self._rank(call, call.plan.stages, query, documents, None)

@@ -1,4 +1,4 @@
-"""The bodies clients send and get: our own search, and the rerank dialects of Jina, Cohere and vLLM.
+"""The bodies clients send and get: our own search, and the rerank dialects of Jina, Cohere, vLLM and TEI.
 
 Only the wire is described here. Our own bodies refuse unknown fields (they are typing errors); the dialects
 ignore them, because their clients send fields that mean nothing here (`max_chunks_per_doc`, `user`, …).
@@ -6,7 +6,7 @@ ignore them, because their clients send fields that mean nothing here (`max_chun
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
 
 TimeoutMs = Annotated[int | None, Field(default=None, ge=1, description="Deadline in ms; the route's if absent.")]
 TopN = Annotated[int | None, Field(default=None, ge=1, description="How many results to answer with.")]
@@ -85,6 +85,34 @@ class CohereV2Body(Body):
     instruction: Instruction = None
     timeout_ms: TimeoutMs = None
     user: str | None = Field(default=None, max_length=256)
+
+
+class TeiBody(Body):
+    """`POST /rerank` with `texts`: the body of text-embeddings-inference."""
+
+    model: ModelName = None
+    query: str
+    texts: list[str]
+    raw_scores: bool = Field(default=False, description="Logits instead of scores in [0, 1].")
+    return_text: bool = False
+    truncate: bool = Field(default=True, description="false: a text that is too long is an error, and isn't cut.")
+    truncation_direction: Literal["Right", "right"] = "Right"
+    instruction: Instruction = None
+    timeout_ms: TimeoutMs = None
+
+
+def _dialect(body: Any) -> str:
+    return "TeiBody" if isinstance(body, TeiBody) or (isinstance(body, dict) and "texts" in body) else "RerankBody"
+
+
+class AnyRerankBody(
+    RootModel[
+        Annotated[
+            Annotated[RerankBody, Tag("RerankBody")] | Annotated[TeiBody, Tag("TeiBody")], Discriminator(_dialect)
+        ]
+    ]
+):
+    """`POST /rerank`: with `texts` it is TEI's, else vLLM's and Jina's."""
 
 
 class ScoreBody(Body):
@@ -199,6 +227,16 @@ class RerankAnswer(BaseModel):
     results: list[RerankResult]
     usage: dict[str, int]
     meta: Meta
+
+
+class TeiRank(BaseModel):
+    index: int
+    score: float
+    text: str | None = Field(default=None, description="With `return_text`.")
+
+
+class AnyRerankAnswer(RootModel[RerankAnswer | list[TeiRank]]):
+    """A list for TEI's body."""
 
 
 class ScoreAnswer(BaseModel):

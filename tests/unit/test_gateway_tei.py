@@ -1,0 +1,70 @@
+"""The body of text-embeddings-inference at /rerank, over a fleet double."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.gateway_double import FleetDouble, Gateway
+
+TEXTS = ["document number 3", "document number 9", "document number 5"]
+
+
+def tei(gateway, **more):
+    return gateway.post("/rerank", {"query": "q", "texts": TEXTS, "model": "small", **more})
+
+
+def test_texts_get_teis_list_the_best_first():
+    answer = tei(Gateway()).json()
+    assert answer == [{"index": 1, "score": 0.9}, {"index": 2, "score": 0.5}, {"index": 0, "score": 0.3}]
+
+
+def test_return_text_puts_the_texts_in():
+    answer = tei(Gateway(), return_text=True).json()
+    assert [rank["text"] for rank in answer] == [TEXTS[1], TEXTS[2], TEXTS[0]]
+
+
+def test_raw_scores_are_logits_within_what_float64_can_say():
+    answer = tei(Gateway(), raw_scores=True).json()
+    assert [rank["score"] for rank in answer] == pytest.approx([math.log(9), 0, math.log(3 / 7)])
+    ends = Gateway(FleetDouble(lambda variant, request: [0.0, 1.0, -0.5]))
+    assert [rank["score"] for rank in tei(ends, raw_scores=True).json()] == pytest.approx(
+        [36.74, -36.74, -36.74], 1e-3
+    )
+
+
+class Cutting(FleetDouble):
+    async def score(self, *args, **kwargs):
+        return [replace(result, truncated=2) for result in await super().score(*args, **kwargs)]
+
+
+def test_truncate_false_refuses_texts_that_would_be_cut():
+    gateway = Gateway(Cutting())
+    assert tei(gateway).status_code == 200
+    refused = tei(gateway, truncate=False)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "prompt_too_long")
+    assert "2 of texts" in refused.json()["message"]
+    assert tei(Gateway(), truncate=False).status_code == 200
+
+
+def test_texts_cannot_be_cut_on_the_left():
+    assert tei(Gateway(), truncation_direction="Right").status_code == 200
+    refused = tei(Gateway(), truncation_direction="Left")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "truncation_direction"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"query": "q", "texts": []}, "texts"),
+        ({"query": "q", "texts": ["a"] * 21}, "texts"),
+        ({"query": "q", "texts": ["a", 1]}, "texts[1]"),
+        ({"query": "q", "documents": ["a", 1]}, "documents[1]"),
+        ({"query": "q"}, "documents"),
+    ],
+)
+def test_errors_name_the_fields_of_the_dialect(body, param):
+    refused = Gateway().post("/rerank", body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
