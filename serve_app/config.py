@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
+# scheme://host[:port] as browsers send it, so without a path.
+_ORIGIN = r"^(\*|https?://[a-z0-9.-]+(:[0-9]{1,5})?)$"
+
 # The default instruction of the Qwen3-Reranker model card.
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -96,6 +99,8 @@ class GatewayArgs(Block):
 
     # Serve whoever reaches the port, also from other machines, where there are no API keys.
     without_keys: bool = False
+    # Pages that may call the gateway from a browser, e.g. [https://shop.example]; "*": all. None by default.
+    cors_origins: tuple[Annotated[str, Field(pattern=_ORIGIN)], ...] = ()
 
 
 class Variant(Block):

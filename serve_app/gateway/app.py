@@ -29,6 +29,7 @@ from serve_app.gateway.limits import limit
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
 from serve_app.gateway.service import Service
+from serve_app.logs import name_call
 
 logger = logging.getLogger("ray.serve")
 
@@ -312,7 +313,10 @@ def _request_id(request: Request) -> str:
     state = request.state
     if not hasattr(state, "request_id"):
         given = request.headers.get("x-request-id", "")
-        state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        if not _REQUEST_ID.fullmatch(given):
+            given = uuid.uuid4().hex
+            name_call(given)
+        state.request_id = given
     request_id: str = state.request_id
     return request_id
 

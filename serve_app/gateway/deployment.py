@@ -10,12 +10,15 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from serve_app import tracing
 from serve_app.access import API_KEYS, API_KEYS_FILE
 from serve_app.config import GatewayArgs
 from serve_app.gateway.app import create_app
+from serve_app.gateway.cors import allow_origins
 from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.metrics import Gauges, Metrics
 from serve_app.gateway.service import Service
+from serve_app.logs import write_soon
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,20 +43,28 @@ class Gateway:
         """Raises ValueError for keys that can't be read, and where there are none although anybody could call."""
         self.fleet = Fleet()
         self.service = Service(self.fleet)
-        self.service.application = serve.get_replica_context().app_name
+        self._replica = serve.get_replica_context()
+        self.service.application = self._replica.app_name
+        self._args = args
+        write_soon()
         if not self.service.keys.known and not args.without_keys:
             _refuse_strangers()
         self._refreshing: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, Metrics())
+        app = create_app(self.service, Metrics())
+        if tracing.start(self._replica.app_name, self._replica.replica_tag):
+            app.add_middleware(tracing.Traced)
+        if self._args.cors_origins:
+            allow_origins(app, self._args.cors_origins)
+        return app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.service.configure(user_config)
         self.fleet.watch()
         self.service.rollouts.configure(self.service.settings)
         if self._refreshing is None:
-            gauges = Gauges(serve.get_replica_context().replica_tag)
+            gauges = Gauges(self._replica.replica_tag)
             self._refreshing = asyncio.get_running_loop().create_task(_refresh(self.service, gauges))
 
 

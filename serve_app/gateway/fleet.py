@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app import tracing
 from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.fingerprints import Fingerprints
 from serve_app.gateway.pipeline import StageFailure
@@ -77,7 +78,9 @@ class Fleet:
 
     async def recall(self, app: str, request: RecallRequest) -> RecallResult:
         """Raises StageFailure."""
-        (result,) = await self._guarded(app, "Recall", "search", [request], request.timeout_s)
+        with tracing.call_to(f"recall {app}"):
+            request = replace(request, traceparent=tracing.traceparent())
+            (result,) = await self._guarded(app, "Recall", "search", [request], request.timeout_s)
         answer: RecallResult = result
         return answer
 
@@ -102,10 +105,23 @@ class Fleet:
 
         Raises StageFailure when any part could not be scored, and PromptTooLongError.
         """
+        with tracing.call_to(f"rerank {variant}") as span:
+            span.set(documents=len(request.documents), mirrored=mirrored)
+            request = replace(request, timeout_s=timeout_s, traceparent=tracing.traceparent())
+            return await self._score(variant, request, pairs_per_call, mirrored, scored)
+
+    async def _score(
+        self,
+        variant: str,
+        request: ScoreRequest,
+        pairs_per_call: int,
+        mirrored: bool,
+        scored: Callable[[int, ScoreResult], None],
+    ) -> list[ScoreResult]:
         asked_at = time.monotonic()
         documents = request.documents
         requests = [
-            replace(request, documents=documents[i : i + pairs_per_call], timeout_s=timeout_s)
+            replace(request, documents=documents[i : i + pairs_per_call])
             for i in range(0, len(documents), pairs_per_call)
         ]
 
@@ -114,7 +130,7 @@ class Fleet:
             scored(part, result)
 
         results: list[ScoreResult] = await self._guarded(
-            variant, "Reranker", "score", requests, timeout_s, mirrored=mirrored, heard=heard
+            variant, "Reranker", "score", requests, request.timeout_s, mirrored=mirrored, heard=heard
         )
         return results
 

@@ -5,7 +5,9 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app import tracing
 from serve_app.config import RecallArgs
+from serve_app.logs import write_soon
 from serve_app.recall.messages import RecallRequest, RecallResult
 from serve_app.recall.metrics import Metrics
 from serve_app.recall.searcher import Searcher
@@ -29,9 +31,15 @@ class Recall:
         index = TantivyIndex(args.index, title_boost=args.title_boost, text_boost=args.text_boost)
         self._searcher = Searcher(index, args.threads)
         self._metrics = Metrics(index.stats())
+        replica = serve.get_replica_context()
+        tracing.start(replica.app_name, replica.replica_tag)
+        write_soon()
 
     async def search(self, request: RecallRequest) -> RecallResult:
-        return await self._searcher.search(request)
+        with tracing.continued("Recall.search", request.traceparent) as span:
+            result = await self._searcher.search(request)
+            span.set(k=request.k, candidates=len(result.candidates))
+            return result
 
     async def stats(self) -> dict[str, Any]:
         return await self._searcher.stats()

@@ -7,12 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RecallRequest:
-    """One search: the `k` best documents for `query`. `timeout_s` bounds the work."""
+    """One search: the `k` best documents for `query`. `timeout_s` bounds the work; `traceparent` is of the caller's
+    span, and empty where there is none."""
 
     query: str
     k: int
     request_id: str = ""
     timeout_s: float = 30.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

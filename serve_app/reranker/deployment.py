@@ -11,9 +11,10 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app import __version__
+from serve_app import __version__, tracing
 from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
+from serve_app.logs import write_soon
 from serve_app.reranker.engine import Engine, Task, cpu_has_bf16, device, prepare_environment, start
 from serve_app.reranker.engine_args import check_engine_args, engine_settings
 from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
@@ -66,6 +67,8 @@ class Reranker:
         prepare_environment(resources.get("CPU", 0))
         self._kind = args.kind
         self._name = serve.get_replica_context().app_name
+        tracing.start(self._name, serve.get_replica_context().replica_tag)
+        write_soon()
         self._cards = await asyncio.to_thread(_cards, args, gpus)
         self._model = await asyncio.to_thread(resolve, args)
         self._engine = await asyncio.to_thread(_start, args, self._model, gpus, self._cards, self._name)
@@ -87,6 +90,12 @@ class Reranker:
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores the documents. Raises PromptTooLongError, EngineError, or TimeoutError after
         `request.timeout_s`; then, and when the call is cancelled, its pairs are aborted in the engine."""
+        with tracing.continued("Reranker.score", request.traceparent) as span:
+            result = await self._score(request)
+            span.set(documents=len(result.scores), tokens=result.tokens, cached_tokens=result.cached_tokens)
+            return result
+
+    async def _score(self, request: ScoreRequest) -> ScoreResult:
         began = time.monotonic()
         try:
             async with asyncio.timeout(request.timeout_s):

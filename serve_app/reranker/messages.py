@@ -10,6 +10,7 @@ class ScoreRequest:
     `instruction` replaces the variant's own where its model takes one. `max_tokens_per_doc` cuts each
     document, never the query or the prompt. `priority` orders the engine's queue, lower first.
     `timeout_s` bounds the work in the replica, so that an orphaned call does not run on.
+    `traceparent` is of the caller's span, and empty where there is none.
     """
 
     query: str
@@ -19,6 +20,7 @@ class ScoreRequest:
     priority: int = 0
     request_id: str = ""
     timeout_s: float = 60.0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

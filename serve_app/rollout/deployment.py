@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import RolloutArgs
+from serve_app.logs import write_soon
 from serve_app.reranker.messages import ScoreRequest
 from serve_app.rollout.controller import Controller
 from serve_app.rollout.machine import Action
@@ -42,6 +43,7 @@ class Rollout:
     """One replica acts. Should there be two for a while, the store's lease decides which."""
 
     async def __init__(self, args: RolloutArgs) -> None:  # type: ignore[misc]
+        write_soon()
         self._controller = Controller(open_store(args.store), self._not_ready)
         self._events_log = _events_log(args.events_log) if args.events_log else None
         self._waking: dict[str, float] = {}
