@@ -159,6 +159,19 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         service.keys.check(request.headers.get("authorization", ""))
         return _json(service.models())
 
+    @app.get("/v1/models/{name}", summary="One of them", responses={s: _ERRORS[s] for s in (404, 503)})
+    async def model(request: Request, name: str) -> Response:
+        service.keys.check(request.headers.get("authorization", ""))
+        for entry in service.models()["data"]:
+            if entry["id"] == name:
+                return _json(entry)
+        raise ApiError("model_not_found", f"there is no model {name[:80]!r}; see /v1/models")
+
+    # Without this, Xinference's client sends no key.
+    @app.get("/v1/cluster/auth", include_in_schema=False)
+    async def cluster_auth(request: Request) -> Response:
+        return _json({"auth": bool(service.keys.known)})
+
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The gateway is up")
     async def healthz(request: Request) -> Response:
@@ -233,6 +246,9 @@ async def _answer(
         if entered:
             service.leave()
     call, reports = getattr(request.state, "ran", (None, ()))
+    # For dialects whose answers have no room for it.
+    if without := [f"{report.name} {report.failure.reason}" for report in reports if report.failure]:
+        response.headers["X-Degraded"] = ", ".join(without)
     observe(request.scope["route"].path, response.status_code, time.monotonic() - began, call, reports)
     return response
 

@@ -1,6 +1,7 @@
 """Every error a client can see, with one body for all.
 
-The body carries `message` where Cohere's client looks and `error.{message,type,param,code}` where OpenAI's does.
+The body carries `message` where Cohere's client looks, `error.{message,type,param,code}` where OpenAI's does, and
+`detail` where those of Jina and Xinference do.
 """
 
 from typing import Any
@@ -45,6 +46,7 @@ class ApiError(Exception):
     def body(self, request_id: str) -> dict[str, Any]:
         return {
             "message": self.message,
+            "detail": self.message,
             "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
             "id": request_id,
         }

@@ -7,6 +7,8 @@ stand in a file, which is read again when it changes, or in the environment:
     SERVE_APP_API_KEYS=shop:KEY,search:KEY
 """
 
+import base64
+import binascii
 import hashlib
 import hmac
 import math
@@ -70,6 +72,14 @@ def new_key(name: str) -> tuple[str, str]:
 
 def hashed(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+
+
+def _password(credentials: str) -> str:
+    """Of `Basic` credentials; empty where they are none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
 
 
 def _from_yaml(text: str, path: str) -> list[Key]:
@@ -154,13 +164,19 @@ class Keys:
         return True
 
     def check(self, authorization: str) -> Key | None:
-        """The key of `Authorization: Bearer KEY`; None where no keys are needed. Raises ApiError."""
+        """The key of `Authorization: Bearer KEY`, or of the password of `Basic`; None where no keys are needed.
+        Raises ApiError."""
         if not self.known:
             return None
         scheme, _, token = authorization.partition(" ")
-        digest = hashed(token.strip())
+        token = token.strip()
+        if scheme.lower() == "basic":
+            # From clients that have no place for a key but the URL: http://key:KEY@host.
+            token = _password(token)
+        digest = hashed(token)
         found = self._by_hash.get(digest)
-        if scheme.lower() != "bearer" or found is None or not hmac.compare_digest(found.sha256, digest):
+        known_scheme = scheme.lower() in ("bearer", "basic")
+        if not known_scheme or found is None or not hmac.compare_digest(found.sha256, digest):
             raise ApiError("unauthorized", "give an API key: Authorization: Bearer KEY")
         return found
 

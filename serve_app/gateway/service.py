@@ -287,7 +287,8 @@ class Service:
         for name in settings.variants:
             running = self.fleet.running(name, "Reranker")
             entries.append({"id": name, "kind": "variant", "running_replicas": running})
-        frame = {"object": "model", "created": 0, "owned_by": "serve-app"}
+        # `model_type` is Xinference's.
+        frame = {"object": "model", "created": 0, "owned_by": "serve-app", "model_type": "rerank"}
         return {"object": "list", "data": [{**frame, **entry} for entry in entries]}
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:

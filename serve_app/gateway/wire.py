@@ -251,5 +251,6 @@ class ScoreAnswer(BaseModel):
 
 class ErrorBody(BaseModel):
     message: str
+    detail: str = Field(description="`message` once more.")
     error: dict[str, Any]
     id: str

@@ -1,5 +1,6 @@
 """API keys: where they come from, who gets in, and how much a key may ask for."""
 
+import base64
 import os
 
 import pytest
@@ -190,3 +191,17 @@ def test_a_new_key_gets_in_by_the_line_that_was_made_for_it(tmp_path):
     assert key not in line
     with pytest.raises(KeysError, match="no name for a key"):
         new_key("a b")
+
+
+@pytest.mark.parametrize("user", ["", "key", "ü"])
+def test_a_key_can_be_the_password_of_a_url(keys_file, user):
+    given = base64.b64encode(f"{user}:{SHOP}".encode()).decode()
+    assert keys(keys_file).check(f"Basic {given}").name == "shop"
+    for wrong in (
+        given[:-4],
+        "%%%",
+        base64.b64encode(SHOP.encode()).decode(),
+        base64.b64encode(b"\xff:").decode(),
+    ):
+        with pytest.raises(ApiError):
+            keys(keys_file).check(f"Basic {wrong}")

@@ -1,0 +1,49 @@
+"""What the clients of single dialects look for, over a fleet double; the clients are in tests/system."""
+
+import pytest
+
+from serve_app.gateway.pipeline import StageFailure
+from tests.unit.gateway_double import FleetDouble, Gateway
+
+RERANK = {"query": "q", "documents": ["document number 1"], "model": "small"}
+
+
+def test_a_model_is_described_by_its_name():
+    gateway = Gateway()
+    listed = gateway.request("GET", "/v1/models").json()["data"]
+    for entry in listed:
+        assert gateway.request("GET", f"/v1/models/{entry['id']}").json() == entry
+    assert {entry["model_type"] for entry in listed} == {"rerank"}
+    unknown = gateway.request("GET", "/v1/models/nope")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(("keys", "needed"), [("", False), ("shop:shop-0123456789abcdef", True)])
+def test_xinferences_client_is_told_whether_a_key_is_needed(monkeypatch, keys, needed):
+    monkeypatch.setenv("SERVE_APP_API_KEYS", keys)
+    gateway = Gateway()
+    assert gateway.request("GET", "/v1/cluster/auth").json() == {"auth": needed}
+    assert gateway.request("GET", "/v1/models/small").status_code == (401 if needed else 200)
+
+
+def test_errors_have_the_message_where_each_client_looks():
+    body = Gateway().post("/v1/rerank", {**RERANK, "documents": []}).json()
+    assert body["message"] == body["detail"] == body["error"]["message"] == "documents is empty"
+
+
+def test_scores_are_written_as_fractions():
+    # OpenSearch reads 1 as an integer, and refuses it.
+    assert '"relevance_score":0.1,' in Gateway().post("/v1/rerank", {**RERANK, "return_documents": True}).text
+    ends = {**RERANK, "documents": ["document number 10", "document number 0"]}
+    answer = Gateway().post("/v1/rerank", ends).text
+    assert '"relevance_score":1.0}' in answer
+    assert '"relevance_score":0.0}' in answer
+
+
+def test_an_answer_without_meta_says_in_a_header_what_it_went_without():
+    def scores(variant, request):
+        raise StageFailure("timeout", "small did not answer")
+
+    degraded = Gateway(FleetDouble(scores)).post("/rerank", {"query": "q", "texts": ["a", "b"]})
+    assert (degraded.status_code, degraded.headers["X-Degraded"]) == (200, "small timeout")
+    assert "X-Degraded" not in Gateway().post("/v1/rerank", RERANK).headers
