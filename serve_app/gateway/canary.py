@@ -26,7 +26,11 @@ _MIRRORED_TIME = 2
 
 
 class CanaryFailedError(Exception):
-    """No whole answer; the message is why, in a word."""
+    """No whole answer; the message is why, in a word. `degraded`: there was one that left something out."""
+
+    def __init__(self, why: str, *, degraded: bool = False) -> None:
+        super().__init__(why)
+        self.degraded = degraded
 
 
 async def answer(
@@ -59,7 +63,9 @@ async def answer(
             except Exception as error:
                 _count_failure(rollouts, call, error)
                 raise
-            rollouts.answered(place, call.request_id, None, error=True)
+            # By kind, as stable's are: what degrades both alike is no difference.
+            degraded = failure.degraded
+            rollouts.answered(place, call.request_id, None, error=not degraded, degraded=degraded)
             logger.warning(
                 "request %s: stable %s answers for canary %s: %s",
                 call.request_id,
@@ -98,7 +104,7 @@ async def _mirrored(
     except CanaryFailedError as failure:
         # A canary that is busy with live calls, which go first, drops mirrored ones; that is no failure.
         if str(failure) != "overloaded" and not (str(failure) == "timeout" and split.weight > 0):
-            rollouts.mirrored(split, None)
+            rollouts.mirrored(split, None, degraded=failure.degraded)
     else:
         rollouts.mirrored(split, (stable_order, order_of(whole)))
 
@@ -114,7 +120,7 @@ async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call, ranking_of
         raise CanaryFailedError("error") from error
     for report in ranking_of(answered).reports:
         if report.failure is not None:
-            raise CanaryFailedError(report.failure.reason)
+            raise CanaryFailedError(report.failure.reason, degraded=True)
     return answered
 
 

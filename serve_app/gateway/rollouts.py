@@ -159,10 +159,13 @@ class Rollouts:
         self._mirrored.add(task)
         task.add_done_callback(self._mirrored.discard)
 
-    def mirrored(self, split: Split, orders: tuple[Sequence[Any], Sequence[Any]] | None) -> None:
-        """Counts a mirrored call: stable's order and the canary's, or None where the canary failed it."""
+    def mirrored(
+        self, split: Split, orders: tuple[Sequence[Any], Sequence[Any]] | None, *, degraded: bool = False
+    ) -> None:
+        """Counts a mirrored call: stable's order and the canary's, or None where the canary failed it or left
+        something out (`degraded`)."""
         figures = self._counters.at(split.rollout, "canary", time.time())
-        figures.add_mirrored(compare(*orders) if orders is not None else None)
+        figures.add_mirrored(compare(*orders) if orders is not None else None, degraded=degraded)
 
     # ---- once a second
 

@@ -470,6 +470,7 @@ def _summary(figures: Figures) -> dict[str, Any]:
         "p95_ms": figures.quantile_ms(0.95),
         "mirrored": mirror.calls,
         "mirrored_errors": mirror.errors,
+        "mirrored_degraded": mirror.degraded,
         "top1_agreement": mirror.top1 / mirror.pairs if mirror.pairs else None,
         "rbo": mirror.rbo_moments()[1] if mirror.pairs else None,
         "kendall_tau": mirror.tau_moments()[1] if mirror.tau_pairs else None,

@@ -42,7 +42,11 @@ _DEFAULT_GUARDS: tuple[MetricName, ...] = (
 )
 _DEFAULT_MIRROR_GUARDS: tuple[MetricName, ...] = ("rbo", "kendall_tau")
 # What mirrored calls alone give samples for.
-_MIRRORED = ("error_rate", *(name for name, metric in METRICS.items() if metric.source == "mirror"))
+_MIRRORED = (
+    "error_rate",
+    "degraded_rate",
+    *(name for name, metric in METRICS.items() if metric.source == "mirror"),
+)
 
 
 class Pause(Block):

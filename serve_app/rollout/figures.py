@@ -27,12 +27,13 @@ _MICRO = 1_000_000
 class Mirror:
     """Calls mirrored to the canary; those that were dropped are not in it.
 
-    `errors` of `calls` got no answer from the canary. The sums are over the other calls, in millionths; tau is
-    undefined for some, so it has its own number of `tau_pairs`.
+    `errors` of `calls` got no answer from the canary, `degraded` an incomplete one. The sums are over the other
+    calls, in millionths; tau is undefined for some, so it has its own number of `tau_pairs`.
     """
 
     calls: int = 0
     errors: int = 0
+    degraded: int = 0
     top1: int = 0
     rbo: int = 0
     rbo_squares: int = 0
@@ -42,8 +43,8 @@ class Mirror:
 
     @property
     def pairs(self) -> int:
-        """Calls that both sides answered."""
-        return self.calls - self.errors
+        """Calls that both sides answered in full."""
+        return self.calls - self.errors - self.degraded
 
     def rbo_moments(self) -> tuple[int, float, float]:
         """Pairs, mean, and variance of one pair."""
@@ -90,12 +91,13 @@ class Figures:
         for score in finite:
             self.scores[min(SCORE_BINS - 1, max(0, int(score * SCORE_BINS)))] += 1
 
-    def add_mirrored(self, agreement: Agreement | None) -> None:
-        """Counts a mirrored call on the canary's side; None: the canary failed it."""
+    def add_mirrored(self, agreement: Agreement | None, *, degraded: bool = False) -> None:
+        """Counts a mirrored call on the canary's side; None: the canary failed it, or left something out."""
         mirror = self.mirror
         mirror.calls += 1
         if agreement is None:
-            mirror.errors += 1
+            mirror.degraded += degraded
+            mirror.errors += not degraded
             return
         mirror.top1 += agreement.top1
         mirror.rbo += round(agreement.rbo * _MICRO)

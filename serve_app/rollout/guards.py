@@ -54,7 +54,7 @@ class Metric:
 
 METRICS: dict[MetricName, Metric] = {
     "error_rate": Metric("canary minus stable, at most", 0.02, 0, 1, 20),
-    "degraded_rate": Metric("canary minus stable, at most", 0.05, 0, 1, 20),
+    "degraded_rate": Metric("canary minus stable, at most", 0.02, 0, 1, 20),
     "latency_p50_ratio": Metric("canary / stable, at most", 1.5, 1, 100, 30),
     "latency_p95_ratio": Metric("canary / stable, at most", 2.0, 1, 100, 50),
     # A better model orders differently; what these defaults catch is an order that has nothing to do with

@@ -34,13 +34,13 @@ class Reading:
 def read(metric: str, canary: Figures, stable: Figures) -> Reading:
     """The reading of a metric other than those of clicks."""
     match metric:
+        # Mirrored calls that the canary fails count too: so users need not meet a canary that raises.
         case "error_rate":
-            # Mirrored calls that the canary fails count too: so users need not meet a canary that raises.
-            mirror = canary.mirror
-            failed, calls = canary.errors + mirror.errors, canary.calls + mirror.calls
+            failed, calls = canary.errors + canary.mirror.errors, canary.calls + canary.mirror.calls
             return _rate("failed", failed, calls, stable.errors, stable.calls)
         case "degraded_rate":
-            return _rate("were degraded", canary.degraded, canary.calls, stable.degraded, stable.calls)
+            degraded, calls = canary.degraded + canary.mirror.degraded, canary.calls + canary.mirror.calls
+            return _rate("were degraded", degraded, calls, stable.degraded, stable.calls)
         case "latency_p50_ratio":
             return _latency(0.5, canary, stable)
         case "latency_p95_ratio":

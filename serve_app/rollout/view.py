@@ -161,7 +161,8 @@ def _figures(rollout: Body) -> RenderableType:
     for role in ("canary", "stable"):
         side = rollout["figures"][role]
         counts = [f"{side[name]:,}" for name in ("calls", "errors", "degraded")]
-        mirrored = [f"{side[name]:,}" for name in ("mirrored", "mirrored_errors")] if role == "canary" else []
+        failed = side["mirrored_errors"] + side["mirrored_degraded"]
+        mirrored = [f"{n:,}" for n in (side["mirrored"], failed)] if role == "canary" else []
         table.add_row(rollout[role], *counts, _ms(side["p50_ms"]), _ms(side["p95_ms"]), *mirrored)
     return table
 

@@ -31,7 +31,7 @@ def test_with_a_shadow_the_order_is_watched_too_and_first_before_any_user():
     document = parse(json.dumps({**LEAST, "shadow": 0.1}))
     assert kinds(document)[:2] == ["analysis", 5]
     assert {"rbo", "kendall_tau"} < set(document.guards)
-    assert set(document.guards_at(0)) == {"error_rate", "rbo", "kendall_tau"}
+    assert set(document.guards_at(0)) == {"error_rate", "degraded_rate", "rbo", "kendall_tau"}
     assert document.guards_at(5) == document.guards
     assert document.guards_at(100) == {}
 

@@ -70,6 +70,31 @@ def test_mirrored_calls_that_the_canary_fails_are_errors_before_it_has_a_user():
     assert (found.outcome, found.canary_samples) == ("fail", 25)
 
 
+def test_mirrored_calls_that_the_canary_leaves_incomplete_are_degraded_ones():
+    canary = Figures()
+    for _ in range(25):
+        canary.add_mirrored(None, degraded=True)
+    assert verdict("degraded_rate", canary, STABLE).outcome == "fail"
+    assert verdict("error_rate", canary, STABLE).outcome == "pass"
+    assert canary.mirror.pairs == 0
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1])
+def test_a_canary_that_degrades_as_often_as_stable_stays(rate):
+    """Looked at every twenty calls: what a rollout's failure limit forgives is left out, so this is harder."""
+    rng, undone = random.Random(7), 0
+    for _ in range(100):
+        canary, stable = Figures(), Figures()
+        for i in range(1000):
+            for side in (canary, stable):
+                side.add(50.0, degraded=rng.random() < rate)
+            looks = ("error_rate", "degraded_rate") if i % 20 == 19 else ()
+            if any(verdict(metric, canary, stable).outcome == "fail" for metric in looks):
+                undone += 1
+                break
+    assert undone <= 2
+
+
 def test_degraded_answers_are_compared_like_errors():
     assert verdict("degraded_rate", figures(50, degraded=40), STABLE).outcome == "fail"
     assert verdict("degraded_rate", figures(50), STABLE).outcome == "pass"
