@@ -121,8 +121,8 @@ class Fleet:
         asked_at = time.monotonic()
         documents = request.documents
         requests = [
-            replace(request, documents=documents[i : i + pairs_per_call])
-            for i in range(0, len(documents), pairs_per_call)
+            replace(request, documents=documents[i : i + pairs_per_call], part=part)
+            for part, i in enumerate(range(0, len(documents), pairs_per_call))
         ]
 
         def heard(part: int, result: ScoreResult) -> None:

@@ -6,6 +6,7 @@ are all of one fingerprint, also while a variant is being changed.
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -264,7 +265,8 @@ class Scoring:
         """The variant's answers for `positions`, chunk by chunk; what comes is cached and shared at once."""
         documents = ask.request.documents
         request = replace(ask.request, documents=[documents[i] for i in positions])
-        chunks = [positions[i : i + pairs_per_call] for i in range(0, len(positions), pairs_per_call)]
+        size = even_chunk(len(positions), pairs_per_call)
+        chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
         names = [[ask.names[i] for i in chunk] for chunk in chunks] if ask.names else []
         # Live calls wait for no mirrored one, and nobody for one of an unknown fingerprint.
         flights = self._take_off(ask.variant, wanted, names) if ask.reads and wanted else []
@@ -277,7 +279,7 @@ class Scoring:
 
         try:
             parts = await self.fleet.score(
-                ask.variant, request, pairs_per_call, ask.left_s(), mirrored=ask.mirrored, scored=scored
+                ask.variant, request, size, ask.left_s(), mirrored=ask.mirrored, scored=scored
             )
         finally:
             self._land(ask.variant, wanted, names, flights)
@@ -315,6 +317,11 @@ class Scoring:
         self._table.put(keys, values, expires)
         if self._redis is not None:
             self._redis.put(keys, values, expires)
+
+
+def even_chunk(pairs: int, at_most: int) -> int:
+    """The size of the fewest chunks that `pairs` can go in, made even: the largest decides when a call is done."""
+    return math.ceil(pairs / math.ceil(pairs / at_most))
 
 
 async def _names(request: ScoreRequest) -> list[bytes]:

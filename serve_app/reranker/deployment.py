@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import __version__, tracing
@@ -23,6 +24,7 @@ from serve_app.reranker.messages import ScoreRequest, ScoreResult
 from serve_app.reranker.metrics import report_load
 from serve_app.reranker.model import Model, resolve, scoring_fingerprint
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
+from serve_app.reranker.router import PrefixRouter
 from serve_app.reranker.scores import cosines, sigmoids
 from serve_app.reranker.share import check_head_rows, find_shape, hub_config, judge
 
@@ -56,6 +58,7 @@ class Front:
     graceful_shutdown_timeout_s=65,
     graceful_shutdown_wait_loop_s=1,
     max_constructor_retry_count=3,
+    request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
 )
 class Reranker:
     """One replica: a model in an engine of its own."""
@@ -71,7 +74,9 @@ class Reranker:
         write_soon()
         self._cards = await asyncio.to_thread(_cards, args, gpus)
         self._model = await asyncio.to_thread(resolve, args)
+        starting = time.monotonic()
         self._engine = await asyncio.to_thread(_start, args, self._model, gpus, self._cards, self._name)
+        engine_s = time.monotonic() - starting
         self._max_model_len = self._model.longest(self._engine.max_model_len)
         self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
         self._fingerprint = scoring_fingerprint(
@@ -84,7 +89,8 @@ class Reranker:
         self._reporting = asyncio.get_running_loop().create_task(report_load(self._meter))
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
-            f"max_model_len {self._max_model_len}) after {time.monotonic() - began:.1f} s."
+            f"max_model_len {self._max_model_len}) after {time.monotonic() - began:.1f} s, "
+            f"of which the engine took {engine_s:.1f}."
         )
 
     async def score(self, request: ScoreRequest) -> ScoreResult:

@@ -9,8 +9,8 @@ class ScoreRequest:
 
     `instruction` replaces the variant's own where its model takes one. `max_tokens_per_doc` cuts each
     document, never the query or the prompt. `priority` orders the engine's queue, lower first.
-    `timeout_s` bounds the work in the replica, so that an orphaned call does not run on.
-    `traceparent` is of the caller's span, and empty where there is none.
+    `timeout_s` bounds the work in the replica, so that an orphaned call does not run on. `part` numbers the chunks
+    of one call, from 0. `traceparent` is of the caller's span, and empty where there is none.
     """
 
     query: str
@@ -20,6 +20,7 @@ class ScoreRequest:
     priority: int = 0
     request_id: str = ""
     timeout_s: float = 60.0
+    part: int = 0
     traceparent: str = ""
 
 
