@@ -6,10 +6,8 @@ MiniLM behind the gateway with HAProxy, keys and metrics on; the example catalog
 """
 
 import argparse
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,19 +17,16 @@ from typing import Any
 import httpx
 
 from bench.common import Spread, percentile, save, show
-from serve_app.access import API_KEYS
-from serve_app.launch import ENVIRONMENT, FAST
+from bench.fleet import HEADERS, config, fleet
 from tests import models
 
 ROOT = Path(__file__).parents[1]
-_KEY = "a-key-of-the-benchmark"
 _QUERIES, _DOCUMENTS = 20, 100
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """In a process of its own, whose environment Serve reads as it is imported."""
     from serve_app.recall.builder import build_index
-    from tests.system.conftest import MINILM, System, free_port, reranker, serving
+    from tests.system.conftest import MINILM, reranker
 
     rng = random.Random(5)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,32 +38,18 @@ def run(rounds: int) -> dict[str, Any]:
             "pipelines": {"rerank": {"recall_k": _DOCUMENTS, "stages": [{"variant": "minilm"}]}},
             "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 60_000}},
         }
-        config = {
-            "proxy_location": "HeadOnly",
-            "http_options": {"host": "127.0.0.1", "port": free_port()},
-            "applications": [
-                {
-                    "name": "gateway",
-                    "import_path": "serve_app.gateway:build",
-                    "route_prefix": "/",
-                    "deployments": [{"name": "Gateway", "user_config": settings}],
-                },
-                {
-                    "name": "catalogue",
-                    "import_path": "serve_app.recall:build",
-                    "route_prefix": None,
-                    "args": {"index": str(index)},
-                },
-                reranker("minilm", MINILM),
-            ],
+        catalogue = {
+            "name": "catalogue",
+            "import_path": "serve_app.recall:build",
+            "route_prefix": None,
+            "args": {"index": str(index)},
         }
-        system = System(config)
-        system.client.headers["Authorization"] = f"Bearer {_KEY}"
         took: dict[str, list[float]] = {"search, first": [], "search, again": [], "rerank, first": []}
         took |= {"rerank, again": [], "rerank, half of it new": []}
         rounds_ms: dict[str, list[float]] = {name: [] for name in took}
         computed: list[int] = []
-        with serving(system):
+        served = config(settings, catalogue, reranker("minilm", MINILM))
+        with fleet(served) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=90) as client:
             for i in range(rounds):
                 for name in took:
                     took[name].clear()
@@ -85,7 +66,7 @@ def run(rounds: int) -> dict[str, Any]:
                         ("rerank, again", "/v1/rerank", whole),
                         ("rerank, half of it new", "/v1/rerank", half),
                     ):
-                        ms, stage = _call(system.client, path, body)
+                        ms, stage = _call(client, path, body)
                         took[name].append(ms)
                         if name == "rerank, half of it new":
                             computed.append(stage["pairs"] - stage["cache_hits"])
@@ -117,12 +98,7 @@ def _call(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[float,
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the score cache saves.")
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    wanted = {**ENVIRONMENT, **FAST, API_KEYS: f"bench:{_KEY}"}
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        command = [sys.executable, "-m", "bench.cache", "--rounds", str(rounds)]
-        return subprocess.run(command, env={**os.environ, **wanted}, cwd=ROOT).returncode
-    print(save("cache", run(rounds)))
+    print(save("cache", run(parser.parse_args().rounds)))
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from bench.common import percentile, save, show
+from bench.fleet import HEADERS, config, fleet
 
 ROOT = Path(__file__).parents[1]
 DATASET = ROOT.parent / "shared" / "data" / "cranfield"
@@ -47,7 +48,7 @@ def run(dataset: Path, queries: int) -> dict[str, Any] | None:
     from serve_app.evaluation.dataset import read_dataset
     from serve_app.evaluation.metrics import means, quality
     from serve_app.recall.builder import build_index
-    from tests.system.conftest import MINILM, System, free_port, reranker, serving
+    from tests.system.conftest import MINILM, reranker
 
     if not dataset.is_dir():
         print(f"{dataset} is not there; --dataset names a folder in the BEIR layout")
@@ -63,29 +64,17 @@ def run(dataset: Path, queries: int) -> dict[str, Any] | None:
             "routes": {"default": {"weights": {"dear": 100}, "timeout_ms": 60_000}},
             "cache": None,
         }
-        config = {
-            "proxy_location": "HeadOnly",
-            "http_options": {"host": "127.0.0.1", "port": free_port()},
-            "applications": [
-                {
-                    "name": "gateway",
-                    "import_path": "serve_app.gateway:build",
-                    "route_prefix": "/",
-                    "deployments": [{"name": "Gateway", "user_config": settings}],
-                },
-                {
-                    "name": "catalogue",
-                    "import_path": "serve_app.recall:build",
-                    "route_prefix": None,
-                    "args": {"index": str(index)},
-                },
-                reranker("minilm", {**MINILM, "engine": {"max_model_len": 256}}),
-            ],
+        catalogue = {
+            "name": "catalogue",
+            "import_path": "serve_app.recall:build",
+            "route_prefix": None,
+            "args": {"index": str(index)},
         }
+        served = config(settings, catalogue, reranker("minilm", {**MINILM, "engine": {"max_model_len": 256}}))
         orders: dict[str, dict[str, list[str]]] = {name: {} for name in PIPELINES}
         tokens: dict[str, list[int]] = {name: [] for name in PIPELINES}
         took_ms: dict[str, list[float]] = {name: [] for name in PIPELINES}
-        with serving(System(config)) as system, httpx.Client(base_url=system.url, timeout=90) as client:
+        with fleet(served) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=90) as client:
             for query in data.queries:
                 for name in PIPELINES:
                     sent = {"query": query.text, "model": name, "top_n": _RECALL_K}

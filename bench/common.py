@@ -111,9 +111,13 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
-async def open_loop(url: str, bodies: Iterator[dict[str, Any]], rate: float, seconds: float) -> list[float]:
+async def open_loop(
+    url: str, bodies: Iterator[dict[str, Any]], rate: float, seconds: float, seed: int = 0
+) -> list[float]:
     """Seconds that calls took which arrive by chance, `rate` a second, whether or not earlier ones are answered;
-    counted from when a call was due. Raises where one isn't answered with 200."""
+    counted from when a call was due. With the same seed they arrive at the same times. Raises where one isn't
+    answered with 200."""
+    rng = random.Random(seed)
     took: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -127,7 +131,7 @@ async def open_loop(url: str, bodies: Iterator[dict[str, Any]], rate: float, sec
 
         due, end = time.monotonic(), time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
-            while (due := due + random.expovariate(rate)) < end:
+            while (due := due + rng.expovariate(rate)) < end:
                 group.create_task(call(due, next(bodies)))
     return took
 

@@ -23,8 +23,7 @@ from bench.common import RESULTS, Spread, percentile, save, show
 from serve_app.config import RerankerArgs
 from serve_app.reranker.engine import Engine, cpu_has_bf16, prepare_environment
 from serve_app.reranker.engine_args import engine_settings
-from serve_app.reranker.messages import ScoreRequest
-from serve_app.reranker.model import Model, resolve
+from serve_app.reranker.model import resolve
 from serve_app.reranker.prompt import Prompt
 from tests import models
 
@@ -51,7 +50,6 @@ WAYS = {
     "public": "B: AsyncLLM.encode for each pair",
     "async": "C: batches to the core, apart",
     "inprocess": "E: batches to the core, in process",
-    "text": "E with tokenising and scores",
 }
 # Pairs of a call.
 PAIRS = {"tiny": 200, "25m": 50}
@@ -117,13 +115,13 @@ def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
             process = spawn.Process(target=_work, args=(way, str(folder), PAIRS[shape], there))
             process.start()
             workers[way] = process, here
-            ready_s[way] = _receive(here)
+            ready_s[way] = receive(here)
         names = list(WAYS)
         for n, (i, calls) in itertools.product(range(rounds), enumerate(AT_ONCE)):
             # Another begins each round.
             for way in names[n % len(names) :] + names[: n % len(names)]:
                 workers[way][1].send(calls)
-                rate, lag_ms = _receive(workers[way][1])
+                rate, lag_ms = receive(workers[way][1])
                 rates[way][i].append(rate)
                 lags[way].append(lag_ms)
     finally:
@@ -141,7 +139,7 @@ def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def _receive(pipe: Connection) -> Any:
+def receive(pipe: Connection) -> Any:
     if not pipe.poll(240):
         raise TimeoutError("a worker says nothing for 240 s")
     answer = pipe.recv()
@@ -163,7 +161,7 @@ def _work(way: str, folder: str, pairs: int, pipe: Connection) -> None:
     if way == "bare":
         measure, close = _bare(settings, pairs)
     else:
-        measure, close = _ours(way, args, model, settings, pairs)
+        measure, close = _ours(way, settings, pairs)
     measure(1)
     pipe.send(time.monotonic() - began)
     try:
@@ -193,37 +191,26 @@ def _bare(settings: dict[str, Any], pairs: int) -> tuple[Callable[[int], tuple[f
 
 
 def _ours(
-    way: str, args: RerankerArgs, model: Model, settings: dict[str, Any], pairs: int
+    way: str, settings: dict[str, Any], pairs: int
 ) -> tuple[Callable[[int], tuple[float, float]], Callable[[], None]]:
     from serve_app.reranker.async_engine import AsyncEngine
-    from serve_app.reranker.deployment import _prompts as builder_of
     from serve_app.reranker.inprocess_engine import InProcessEngine
     from serve_app.reranker.public_engine import PublicEngine
-    from serve_app.reranker.scores import sigmoids
 
     kinds: dict[str, Any] = {
         "public": PublicEngine,
         "async": AsyncEngine,
         "inprocess": InProcessEngine,
-        "text": InProcessEngine,
     }
     engine: Engine = kinds[way](settings, "classify")
-    builder = builder_of(args, model, 1024)
     runner = asyncio.Runner()
 
-    async def ids(prompts: list[Prompt]) -> None:
-        await engine.pool(prompts)
-
-    async def text(request: ScoreRequest) -> None:
-        built = await asyncio.to_thread(builder.build, request)
-        sigmoids((await engine.pool(built.prompts)).vectors)
-
     async def batch(calls: int) -> tuple[float, list[float]]:
-        given: list[Any] = [_request(pairs) if way == "text" else _prompts(pairs) for _ in range(calls)]
+        given = [_prompts(pairs) for _ in range(calls)]
         lags: list[float] = []
         probe = asyncio.create_task(_probe(lags))
         began = time.perf_counter()
-        await asyncio.gather(*((text if way == "text" else ids)(one) for one in given))
+        await asyncio.gather(*map(engine.pool, given))
         took = time.perf_counter() - began
         probe.cancel()
         return took, lags
@@ -254,11 +241,6 @@ def _prompts(count: int) -> list[Prompt]:
     """A call's: the same head as all calls', a query of its own, and documents that weren't seen before."""
     head = _head + list(itertools.islice(_ids, _QUERY))
     return [Prompt(head + list(itertools.islice(_ids, _DOCUMENT + _SUFFIX))) for _ in range(count)]
-
-
-def _request(count: int) -> ScoreRequest:
-    rng = random.Random(random.random())
-    return ScoreRequest(models.text(rng, 5), [models.text(rng, 12) for _ in range(count)])
 
 
 if __name__ == "__main__":

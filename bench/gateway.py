@@ -10,92 +10,23 @@ process and shares the machine's cores with them.
 import argparse
 import asyncio
 import contextlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from bench.common import Spread, closed_loop, percentile, save, show
-from serve_app.access import API_KEYS
-from serve_app.launch import ENVIRONMENT, FAST
+from bench.fleet import HEADERS, config, fleet
 
-ROOT = Path(__file__).parents[1]
-_FLEETS = {"Serve's proxy": "plain", "HAProxy": "fast"}
+_FLEETS = {"Serve's proxy": False, "HAProxy": True}
 _CLIENTS = 16
-_KEY = "a-key-of-the-benchmark"
-_HEADERS = {"Authorization": f"Bearer {_KEY}"}
 _DOCUMENTS = [f"A document of some words that nobody reads, number {i}" for i in range(10)]
-
-
-def config(port: int) -> dict[str, Any]:
-    settings = {
-        "variants": {"noop": {}},
-        "pipelines": {"rerank": {"stages": [{"variant": "noop"}]}},
-        "routes": {"default": {"weights": {"rerank": 100}}},
-        "cache": None,
-    }
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "gateway",
-                "import_path": "serve_app.gateway:build",
-                "route_prefix": "/",
-                "deployments": [{"name": "Gateway", "user_config": settings}],
-            },
-            {"name": "noop", "import_path": "bench.noop:build", "route_prefix": None, "args": {}},
-        ],
-    }
-
-
-def serve_until_told(port: int) -> None:
-    """Serves, says `ready` on stdout, and stops at the end of stdin."""
-    from tests.system.conftest import System, serving
-
-    with serving(System(config(port))):
-        print("ready", flush=True)
-        sys.stdin.read()
-
-
-@contextlib.contextmanager
-def fleet(mode: str) -> Iterator[str]:
-    """The URL of a fleet of its own process."""
-    from tests.system.conftest import free_port
-
-    port = free_port()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.gateway", "--serve", str(port)],
-        env={
-            **os.environ,
-            **ENVIRONMENT,
-            **(FAST if mode == "fast" else {}),
-            API_KEYS: f"bench:{_KEY}",
-            "PYTHONPATH": path,
-        },
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.strip() == "ready":
-                break
-        else:
-            raise RuntimeError(f"the {mode} fleet did not start: exit {process.wait()}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(90)
-        except subprocess.TimeoutExpired:
-            process.kill()
+_SETTINGS = {
+    "variants": {"noop": {}},
+    "pipelines": {"rerank": {"stages": [{"variant": "noop"}]}},
+    "routes": {"default": {"weights": {"rerank": 100}}},
+    "cache": None,
+}
+_NOOP = {"name": "noop", "import_path": "bench.noop:build", "route_prefix": None, "args": {}}
 
 
 def bodies() -> Iterator[dict[str, Any]]:
@@ -110,15 +41,18 @@ def run(rounds: int) -> dict[str, Any]:
     slow: dict[str, list[float]] = {name: [] for name in _FLEETS}
     rates: dict[str, list[float]] = {name: [] for name in _FLEETS}
     with contextlib.ExitStack() as stack:
-        urls = {name: stack.enter_context(fleet(mode)) + "/v1/rerank" for name, mode in _FLEETS.items()}
+        urls = {
+            name: stack.enter_context(fleet(config(_SETTINGS, _NOOP), fast=fast)) + "/v1/rerank"
+            for name, fast in _FLEETS.items()
+        }
         for url in urls.values():
-            asyncio.run(closed_loop(url, bodies(), _CLIENTS, 3, _HEADERS))
+            asyncio.run(closed_loop(url, bodies(), _CLIENTS, 3, HEADERS))
         for _ in range(rounds):
             for name, url in urls.items():
-                took = asyncio.run(closed_loop(url, bodies(), 1, 2, _HEADERS))
+                took = asyncio.run(closed_loop(url, bodies(), 1, 2, HEADERS))
                 latencies[name].append(percentile(took, 0.5) * 1e3)
                 slow[name].append(percentile(took, 0.99) * 1e3)
-                rates[name].append(len(asyncio.run(closed_loop(url, bodies(), _CLIENTS, 4, _HEADERS))) / 4)
+                rates[name].append(len(asyncio.run(closed_loop(url, bodies(), _CLIENTS, 4, HEADERS))) / 4)
     result = {
         name: {
             "p50_ms": Spread.of(latencies[name]),
@@ -141,11 +75,7 @@ def run(rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the gateway adds.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        serve_until_told(arguments.serve)
-        return 0
     print(save("gateway", run(arguments.rounds)))
     return 0
 

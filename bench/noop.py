@@ -1,8 +1,10 @@
 """A reranker that does nothing: what is left is the way to it. `import_path: bench.noop:build`."""
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
+from serve_app.reranker.router import PrefixRouter
 
 
 def build(args: dict[str, object]) -> serve.Application:
@@ -17,7 +19,12 @@ class Front:
         pass
 
 
-@serve.deployment(name="Reranker", max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})
+@serve.deployment(
+    name="Reranker",
+    max_ongoing_requests=256,
+    ray_actor_options={"num_cpus": 0.1},
+    request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+)
 class Reranker:
     async def score(self, request: ScoreRequest) -> ScoreResult:
         n = len(request.documents)

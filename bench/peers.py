@@ -2,7 +2,8 @@
 
     python -m bench.peers [--rounds N] [--shape tiny|25m]
 
-All servers are up at once and take turns. Ours has keys, metrics and HAProxy on, and its score cache off. vLLM's
+All servers are up at once and take turns; so does the engine alone, in its own process and with ready-made token
+ids. Ours has keys, metrics and HAProxy on, and its score cache off. vLLM's
 server runs with its defaults, and again tuned: our block size, batch sizes and eager mode. It gets the model's
 prompt as a template, so that everybody computes the same tokens; before anything is timed, scores are compared.
 sentence-transformers' CrossEncoder, without any HTTP and one call at a time, gets the same prompts as texts.
@@ -12,6 +13,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
+import multiprocessing
 import os
 import random
 import subprocess
@@ -19,24 +22,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import httpx
+import numpy as np
 
 from bench.common import Spread, save, show
-from bench.engine import SHAPES
-from serve_app.access import API_KEYS
-from serve_app.config import DEFAULT_INSTRUCTION, YesNoPrompt
-from serve_app.launch import ENVIRONMENT, FAST
-from serve_app.reranker.engine import cpu_has_bf16
+from bench.engine import SHAPES, receive
+from bench.fleet import HEADERS, config, end, fleet
+from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
+from serve_app.reranker.deployment import _prompts as builder_of
+from serve_app.reranker.engine import cpu_has_bf16, prepare_environment
+from serve_app.reranker.engine_args import engine_settings
+from serve_app.reranker.messages import ScoreRequest
+from serve_app.reranker.model import resolve
+from serve_app.reranker.scores import sigmoids
 from tests import models
 
-ROOT = Path(__file__).parents[1]
-_KEY = "a-key-of-the-benchmark"
 _MAX_MODEL_LEN = 1024
 _ENCODER = "CrossEncoder, no HTTP"
+_BARE = "bare engine, token ids"
+# Pairs a second that no server here exceeds.
+_FASTEST = 5000
 _BATCH = {"max_num_batched_tokens": 8192, "max_num_seqs": 256}
 # Documents a call, calls at once and seconds a block, by shape.
 LOADS = {"tiny": ((200, 1, 3.0), (200, 8, 5.0)), "25m": ((200, 1, 4.0), (50, 8, 6.0))}
@@ -64,73 +74,23 @@ def template(folder: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def ours(model: Path, dtype: str) -> Iterator[str]:
-    from tests.system.conftest import free_port
-
-    port = free_port()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "gateway",
-                "import_path": "serve_app.gateway:build",
-                "route_prefix": "/",
-                "deployments": [
-                    {
-                        "name": "Gateway",
-                        "user_config": {
-                            "variants": {"model": {}},
-                            "pipelines": {"rerank": {"stages": [{"variant": "model"}]}},
-                            "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 60000}},
-                            "cache": None,
-                        },
-                    }
-                ],
-            },
-            {
-                "name": "model",
-                "import_path": "serve_app.reranker:build",
-                "route_prefix": None,
-                "args": {
-                    "model": str(model),
-                    "kind": "qwen3-reranker",
-                    "engine": {"max_model_len": _MAX_MODEL_LEN, "dtype": dtype, **_BATCH},
-                },
-                "deployments": [{"name": "Reranker", "ray_actor_options": {"num_cpus": os.cpu_count()}}],
-            },
-        ],
+def ours(model: Path, dtype: str) -> dict[str, Any]:
+    """Our fleet's config."""
+    settings = {
+        "variants": {"model": {}},
+        "pipelines": {"rerank": {"stages": [{"variant": "model"}]}},
+        "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 60000}},
+        "cache": None,
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.peers", "--serve", json.dumps(config)],
-        env={**os.environ, **ENVIRONMENT, **FAST, API_KEYS: f"bench:{_KEY}", "PYTHONPATH": path},
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if not any(line.strip() == "ready" for line in process.stdout):
-            raise RuntimeError(f"our fleet did not start: exit {process.wait()}")
-        yield f"http://127.0.0.1:{port}/v1/rerank"
-    finally:
-        process.stdin.close()
-        _end(process)
-
-
-def serve_until_told(config: dict[str, Any]) -> None:
-    """Serves, says `ready` on stdout, and stops at the end of stdin."""
-    from tests.system.conftest import System, serving
-
-    system = System(config)
-    system.client.headers["Authorization"] = f"Bearer {_KEY}"
-    with serving(system):
-        print("ready", flush=True)
-        sys.stdin.read()
+    engine = {"max_model_len": _MAX_MODEL_LEN, "dtype": dtype, **_BATCH}
+    reranker = {
+        "name": "model",
+        "import_path": "serve_app.reranker:build",
+        "route_prefix": None,
+        "args": {"model": str(model), "kind": "qwen3-reranker", "engine": engine},
+        "deployments": [{"name": "Reranker", "ray_actor_options": {"num_cpus": os.cpu_count()}}],
+    }
+    return config(settings, reranker)
 
 
 @contextlib.contextmanager
@@ -162,15 +122,7 @@ def vllm_server(model: Path, dtype: str, folder: Path, *, tuned: bool) -> Iterat
             yield f"http://127.0.0.1:{port}/v1/rerank"
         finally:
             process.terminate()
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[Any]") -> None:
-    try:
-        process.wait(90)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+            end(process)
 
 
 def body(rng: random.Random, documents: int) -> dict[str, Any]:
@@ -185,29 +137,93 @@ def body(rng: random.Random, documents: int) -> dict[str, Any]:
 async def pairs_per_s(url: str, documents: int, at_once: int, seconds: float) -> float:
     """Of clients that each send the next call when they have the last one's answer; whole calls count."""
     rng = random.Random()
+    # Made before the clock starts; a server that is faster than that waits for ours.
+    made = [json.dumps(body(rng, documents)) for _ in range(math.ceil(_FASTEST * seconds / documents) + at_once)]
     done = 0
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {_KEY}"}) as session:
+    async with aiohttp.ClientSession(headers={**HEADERS, "Content-Type": "application/json"}) as session:
 
         async def client() -> None:
             nonlocal done
-            while time.monotonic() < end:
-                sent = body(rng, documents)
-                async with session.post(url, json=sent, timeout=aiohttp.ClientTimeout(total=120)) as answer:
-                    found = await answer.json()
-                    if answer.status != 200 or len(found["results"]) != documents or "degraded" in str(found):
-                        raise RuntimeError(f"{url} answered {answer.status}: {str(found)[:300]}")
+            while time.monotonic() < give_up_at:
+                sent = made.pop() if made else json.dumps(body(rng, documents))
+                async with session.post(url, data=sent, timeout=aiohttp.ClientTimeout(total=120)) as answer:
+                    text = await answer.text()
+                    if answer.status != 200 or text.count('"index"') != documents or "degraded" in text:
+                        raise RuntimeError(f"{url} answered {answer.status}: {text[:300]}")
                 done += documents
 
         began = time.monotonic()
-        end = began + seconds
+        give_up_at = began + seconds
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):
                 group.create_task(client())
         return done / (time.monotonic() - began)
 
 
+class Bare:
+    """vLLM's engine in a process by itself, given ready-made token ids: what is left for a server to lose."""
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_bare_engine, args=(str(model), dtype, theirs))
+        self._process.start()
+        theirs.close()
+        receive(self._pipe)
+
+    def pairs_per_s(self, documents: int, at_once: int, seconds: float) -> float:
+        self._pipe.send((documents, at_once, seconds))
+        return float(receive(self._pipe))
+
+    def scores(self, sent: dict[str, Any]) -> list[float]:
+        self._pipe.send(sent)
+        return list(receive(self._pipe))
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(30)
+        self._process.kill()
+
+
+def _bare_engine(model: str, dtype: str, pipe: Connection) -> None:
+    prepare_environment(os.cpu_count() or 1)
+    from vllm import LLM, PoolingParams, TokensPrompt
+
+    engine = {"max_model_len": _MAX_MODEL_LEN, "dtype": dtype, **_BATCH}
+    args = RerankerArgs(model=model, kind="qwen3-reranker", engine=engine)
+    resolved = resolve(args)
+    builder = builder_of(args, resolved, _MAX_MODEL_LEN)
+    llm = LLM(**engine_settings(args, resolved, "cpu", 0, cpu_has_bf16()))
+    params = PoolingParams(task="classify", use_activation=False)
+
+    def prompts(sent: dict[str, Any]) -> list[TokensPrompt]:
+        built = builder.build(ScoreRequest(sent["query"], sent["documents"]))
+        return [TokensPrompt(prompt_token_ids=prompt.ids) for prompt in built.prompts]
+
+    def encode(given: list[TokensPrompt]) -> list[float]:
+        answered = llm.encode(given, params, pooling_task="classify", use_tqdm=False)
+        return [float(answer.outputs.data[0]) for answer in answered]
+
+    pipe.send("ready")
+    rng = random.Random()
+    with contextlib.suppress(EOFError):
+        while True:
+            asked = pipe.recv()
+            if isinstance(asked, dict):
+                pipe.send(sigmoids(np.array(encode(prompts(asked)), np.float32)[:, None])[1])
+                continue
+            documents, at_once, seconds = asked
+            done = took = 0.0
+            while took < seconds:
+                given = [prompt for _ in range(at_once) for prompt in prompts(body(rng, documents))]
+                began = time.perf_counter()
+                done += len(encode(given))
+                took += time.perf_counter() - began
+            pipe.send(done / took)
+
+
 def scores(url: str, sent: dict[str, Any]) -> list[float]:
-    answer = httpx.post(url, json=sent, headers={"Authorization": f"Bearer {_KEY}"}, timeout=120)
+    answer = httpx.post(url, json=sent, headers=HEADERS, timeout=120)
     by_index = {
         result["index"]: float(result["relevance_score"]) for result in answer.raise_for_status().json()["results"]
     }
@@ -266,13 +282,16 @@ def _compare(shape: str, rounds: int) -> dict[str, Any]:
         folder = Path(name)
         model = make_model(shape, folder / "model")
         urls = {
-            "serve-app": stack.enter_context(ours(model, dtype)),
+            "serve-app": stack.enter_context(fleet(ours(model, dtype))) + "/v1/rerank",
             "vLLM's server, tuned": stack.enter_context(vllm_server(model, dtype, folder, tuned=True)),
             "vLLM's server, defaults": stack.enter_context(vllm_server(model, dtype, folder, tuned=False)),
         }
         sent = body(random.Random(7), 50)
+        bare = Bare(model, dtype)
+        stack.callback(bare.close)
         encoder = cross_encoder(model, dtype, folder)
         found = {peer: scores(url, sent) for peer, url in urls.items()}
+        found[_BARE] = bare.scores(sent)
         if encoder is not None:
             found[_ENCODER] = encoder(sent)
         differences = {
@@ -290,6 +309,8 @@ def _compare(shape: str, rounds: int) -> dict[str, Any]:
                 for peer, url in urls.items():
                     rate = asyncio.run(pairs_per_s(url, documents, at_once, seconds))
                     rates.setdefault(peer, {}).setdefault(case, []).append(rate)
+                rate = bare.pairs_per_s(documents, at_once, seconds)
+                rates.setdefault(_BARE, {}).setdefault(case, []).append(rate)
                 if encoder is not None and at_once == 1:
                     made = body(random.Random(), documents)
                     began = time.monotonic()
@@ -338,11 +359,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Reranking over HTTP beside other servers.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", choices=tuple(LOADS), action="append")
-    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        serve_until_told(arguments.serve)
-        return 0
     print(save("peers", run(arguments.rounds, tuple(arguments.shape or LOADS))))
     return 0
 
