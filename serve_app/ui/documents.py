@@ -1,0 +1,166 @@
+"""Queries and documents from what somebody pastes or reads from a file, and ranked ones as CSV. Pure."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_QUERIES = 64
+_TEXT = ("text", "document", "passage", "content")
+_ID = ("id", "_id", "doc_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    id: str
+    text: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """One query, or None for that of the page, and the documents to rerank for it."""
+
+    query: str | None
+    documents: list[Document] = field(default_factory=list)
+
+    def add(self, text: str, identity: str = "") -> None:
+        self.documents.append(Document(identity or str(len(self.documents) + 1), text))
+
+
+class DocumentsError(ValueError):
+    """What can't be read, with its line."""
+
+
+def read(text: str) -> list[Batch]:
+    """Batches of `text`, in the order in which queries appear. It may be
+
+    - JSON Lines: strings, objects with `text` (and `id`, `query`), or objects with `query` and `documents`;
+    - CSV whose first line names a column `text` or `document` (and `id`, `query`);
+    - anything else: one document a line.
+
+    Raises DocumentsError.
+    """
+    text = text.removeprefix("\ufeff")
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise DocumentsError("there are no documents; give one a line, or JSON Lines, or CSV")
+    if lines[0][1].lstrip()[0] in '{"' and _is_json(lines[0][1]):
+        batches = _from_json_lines(lines)
+    elif (columns := _columns(lines[0][1])) is not None:
+        batches = _from_csv(text, columns)
+    else:
+        batch = Batch(None)
+        for _, line in lines:
+            batch.add(line.strip())
+        batches = [batch]
+    if len(batches) > MAX_QUERIES:
+        raise DocumentsError(f"{len(batches)} queries are too many at once; allowed: {MAX_QUERIES}")
+    return batches
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), str | dict)
+    except ValueError:
+        # A mistake in the first line should be named, not taken for a document.
+        return line.lstrip().startswith("{")
+
+
+def _from_json_lines(lines: Iterable[tuple[int, str]]) -> list[Batch]:
+    batches: dict[str | None, Batch] = {}
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DocumentsError(f"line {number}: is not valid JSON: {error}") from None
+        if isinstance(row, str):
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise DocumentsError(f"line {number}: is neither an object nor a string")
+        query = row.get("query")
+        if query is not None and not isinstance(query, str):
+            raise DocumentsError(f"line {number}: query is no text")
+        batch = batches.setdefault(query, Batch(query))
+        documents = row.get("documents")
+        if documents is None:
+            documents = [row]
+        elif not isinstance(documents, list):
+            raise DocumentsError(f"line {number}: documents is no list")
+        for document in documents:
+            found = {"text": document} if isinstance(document, str) else document
+            text = _first(found, _TEXT) if isinstance(found, dict) else None
+            if text is None:
+                raise DocumentsError(f"line {number}: a document without text (allowed: {', '.join(_TEXT)})")
+            batch.add(text, _first(found, _ID) or "")
+    return list(batches.values())
+
+
+def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
+    return next((str(row[name]) for name in names if isinstance(row.get(name), str | int)), None)
+
+
+def _columns(line: str) -> dict[str, int] | None:
+    """Columns of a CSV header by what they are; None where the line is none."""
+    names = [name.strip().lower() for name in next(csv.reader([line]))]
+    found: dict[str, int] = {}
+    for what, known in (("text", _TEXT), ("id", _ID), ("query", ("query",))):
+        index = next((names.index(name) for name in known if name in names), None)
+        if index is not None:
+            found[what] = index
+    # One word alone may be a document.
+    return found if "text" in found and (len(names) > 1 or line.strip().lower() in _TEXT) else None
+
+
+def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
+    batches: dict[str | None, Batch] = {}
+    rows = csv.reader(io.StringIO(text))
+    try:
+        next(rows)
+        for row in rows:
+            if not row:
+                continue
+            if len(row) <= max(columns.values()):
+                raise DocumentsError(f"line {rows.line_num}: has {len(row)} columns, fewer than the first line")
+            query = row[columns["query"]] if "query" in columns else None
+            batch = batches.setdefault(query, Batch(query))
+            batch.add(row[columns["text"]], row[columns["id"]] if "id" in columns else "")
+    except csv.Error as error:
+        raise DocumentsError(f"line {rows.line_num}: is not valid CSV: {error}") from None
+    if not batches:
+        raise DocumentsError("the CSV has a first line and no documents")
+    return list(batches.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    query: str
+    rank: int
+    score: float
+    document: Document
+
+
+def to_csv(rows: Iterable[Ranked]) -> str:
+    """With a first line of names, and a byte order mark, by which spreadsheets know UTF-8."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(["query", "rank", "score", "id", "text"])
+    for row in rows:
+        writer.writerow(
+            [_plain(row.query), row.rank, f"{row.score:.6f}", _plain(row.document.id), _plain(row.document.text)]
+        )
+    return "\ufeff" + out.getvalue()
+
+
+def _plain(text: str) -> str:
+    """As text, also in a spreadsheet, which would run what begins like a formula."""
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
