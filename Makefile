@@ -9,7 +9,7 @@ VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
 
-.PHONY: soak help setup setup-dev index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
+.PHONY: soak help setup setup-dev setup-clients index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
 .SILENT:
 
 help:
@@ -27,6 +27,9 @@ setup:
 
 setup-dev:
 	scripts/setup.sh $(VENV) $(DEVICE) dev
+
+setup-clients: setup-dev
+	scripts/setup-clients.sh $(BIN)/python
 
 # Rebuilt when the catalogue is newer.
 index: setup
@@ -56,7 +59,7 @@ test-cluster-files: setup-dev
 manifests: setup-dev
 	$(BIN)/python cluster/kuberay/generate.py
 
-test: lint test-unit test-cluster-files
+test: lint test-unit test-cluster-files setup-clients
 	$(BIN)/pytest -q tests/commands
 	$(BIN)/pytest -q tests/system
 	$(BIN)/pytest -q tests/rollout
@@ -82,4 +85,4 @@ bench-gpu:
 	.venv-gpu/bin/python -m bench.gpu
 
 clean:
-	rm -rf .venv .venv-gpu .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-clients .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
