@@ -76,7 +76,10 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         async def answer(body: wire.SearchBody) -> Any:
             call = _call(service, request, body)
             reranked = body.rerank and call.plan.stages
-            service.spend(request.state.key, (body.recall_k or call.plan.recall_k) if reranked else 1)
+            limit(call.settings, "max_recall_k", body.recall_k or 0, "recall_k")
+            limit(call.settings, "max_recall_k", body.top_n, "top_n")
+            pairs = max(body.recall_k or call.plan.recall_k, body.top_n)
+            service.spend(request.state.key, pairs if reranked else 1)
             call, candidates, ranking = await service.search(
                 call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
             )
@@ -102,6 +105,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         if not body.truncate:
             # What is cached doesn't say whether it was cut.
             call = replace(call, fresh=True)
+        limit(call.settings, "max_documents", len(body.texts), "texts", "documents")
         service.spend(request.state.key, len(body.texts))
         call, ranking = await service.rerank(call, body.query, body.texts, "texts")
         request.state.ran = call, ranking.reports
@@ -134,6 +138,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def rerank_v2(request: Request) -> Response:
         async def answer(body: wire.CohereV2Body) -> Any:
             call = _call(service, request, body)
+            limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
             service.spend(request.state.key, len(body.documents))
             call, ranking = await service.rerank(call, body.query, body.documents)
             request.state.ran = call, ranking.reports
@@ -144,6 +149,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
             call, pairs = _call(service, request, body), body.pairs()
+            limit(call.settings, "max_documents", len(pairs), "text_2", "documents")
             service.spend(request.state.key, len(pairs))
             call, ranking = await service.score(call, pairs)
             request.state.ran = call, ranking.reports

@@ -1,0 +1,51 @@
+"""Pages of other origins: none may call, unless the config names them."""
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.config import GatewayArgs
+from serve_app.gateway.cors import allow_origins
+from tests.unit.gateway_double import Gateway
+
+SHOP, OTHER = "https://shop.example", "https://other.example"
+ASKS = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-timeout-ms",
+}
+
+
+def test_no_origin_is_let_in_by_default():
+    gateway = Gateway()
+    preflight = gateway.request("OPTIONS", "/v1/search", headers={"Origin": SHOP, **ASKS})
+    assert preflight.status_code == 405
+    answer = gateway.post("/v1/search", {"query": "cats"}, {"Origin": SHOP})
+    for response in (preflight, answer):
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+
+
+def test_origins_that_are_named_may_call_and_read_the_answer():
+    gateway = Gateway()
+    allow_origins(gateway.app, GatewayArgs(cors_origins=(SHOP,)).cors_origins)
+    preflight = gateway.request("OPTIONS", "/v1/search", headers={"Origin": SHOP, **ASKS})
+    assert preflight.status_code == 200
+    assert preflight.headers["Access-Control-Allow-Origin"] == SHOP
+    for name in ("authorization", "content-type", "x-timeout-ms"):
+        assert name in preflight.headers["Access-Control-Allow-Headers"].lower()
+    assert "Access-Control-Allow-Credentials" not in preflight.headers
+    # Errors too: a page has to be able to read what it did wrong.
+    for body, status in (({"query": "cats"}, 200), ({}, 400)):
+        answer = gateway.post("/v1/search", body, {"Origin": SHOP})
+        assert answer.status_code == status
+        assert answer.headers["Access-Control-Allow-Origin"] == SHOP
+        assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+    refused = gateway.request("OPTIONS", "/v1/search", headers={"Origin": OTHER, **ASKS})
+    assert refused.status_code == 400
+    assert "Access-Control-Allow-Origin" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["shop.example", "https://shop.example/", "https://*.example", "ftp://shop", ""]
+)
+def test_what_no_browser_sends_as_origin_is_refused(origin):
+    with pytest.raises(ValidationError, match="cors_origins"):
+        GatewayArgs(cors_origins=(origin,))
