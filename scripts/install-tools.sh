@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the tests start that isn't a Python package: a Redis server, and Prometheus' promtool. Does nothing where they are.
+# What the tests start that isn't a Python package: a Redis server, Prometheus' promtool, and a browser with a Chinese font.
+# Does nothing where they are.
 set -euo pipefail
 
 fail() { echo "install-tools: $*" >&2; exit 1; }
@@ -8,9 +9,10 @@ fail() { echo "install-tools: $*" >&2; exit 1; }
 packages=()
 command -v redis-server >/dev/null || packages+=(redis-server)
 command -v promtool >/dev/null || packages+=(prometheus)
+command -v chromium >/dev/null || packages+=(chromium fonts-wqy-microhei)
 [ ${#packages[@]} = 0 ] && exit 0
 
-command -v apt-get >/dev/null || fail "needs ${packages[*]} and found no apt-get to install it with; put redis-server and promtool on PATH"
+command -v apt-get >/dev/null || fail "needs ${packages[*]} and found no apt-get to install it with; put redis-server, promtool and chromium on PATH"
 [ "$(id -u)" = 0 ] || fail "needs ${packages[*]}, which only root may install: sudo apt-get install ${packages[*]}"
 log=$(mktemp)
 # RUNLEVEL=1: the packages start no servers of their own.

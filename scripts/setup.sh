@@ -27,7 +27,7 @@ done
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
 
-extras=$device,demo
+extras=$device,demo,ui
 [ "$purpose" = dev ] && extras=$extras,dev
 echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
 install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" "$@" >"$venv/install.log" 2>&1; }

@@ -103,6 +103,13 @@ class GatewayArgs(Block):
     cors_origins: tuple[Annotated[str, Field(pattern=_ORIGIN)], ...] = ()
 
 
+class UiArgs(Block):
+    """`args` of `serve_app.ui:build`: the page."""
+
+    # Of the gateway, as the page's replica reaches it; None: Serve's proxy on the same machine.
+    gateway_url: str | None = Field(default=None, pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
+
+
 class Variant(Block):
     """How the gateway calls the variant of this name, which is the Serve application of the same name."""
 

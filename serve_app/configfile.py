@@ -20,6 +20,7 @@ from serve_app.config import (
     RecallArgs,
     RerankerArgs,
     RolloutArgs,
+    UiArgs,
     closest,
     explain,
 )
@@ -39,6 +40,7 @@ KINDS = {
     "serve_app.recall:build": _Kind(RecallArgs, ("Front", "Recall")),
     "serve_app.reranker:build": _Kind(RerankerArgs, ("Front", "Reranker")),
     "serve_app.rollout:build": _Kind(RolloutArgs, ("Rollout",)),
+    "serve_app.ui:build": _Kind(UiArgs, ("Page",)),
 }
 
 
@@ -223,6 +225,11 @@ def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -
             problems.append(f"{where}.deployments names {name!r} twice")
         elif deployment.get("user_config") is not None and name != "Gateway":
             problems.append(f"{where}.deployments.{name}.user_config is set, but {name} takes none")
+        elif name == "Page" and (deployment.get("num_replicas", 1) != 1 or deployment.get("autoscaling_config")):
+            problems.append(
+                f"{where}.deployments.Page has several replicas; allowed: num_replicas 1, as a browser's events "
+                "belong to the replica that it met first"
+            )
         elif isinstance(scaling := deployment.get("autoscaling_config"), dict):
             place = f"{where}.deployments.{name}.autoscaling_config.policy"
             problems += _policy_problems(place, scaling, name)

@@ -29,6 +29,7 @@ _DEFAULT_CPUS = {
     "serve_app.recall:build": {"Recall": 0.5, "Front": 0.0},
     "serve_app.reranker:build": {"Reranker": 1.0, "Front": 0.0},
     "serve_app.rollout:build": {"Rollout": 0.1},
+    "serve_app.ui:build": {"Page": 0.1},
 }
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.

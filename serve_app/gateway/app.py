@@ -26,6 +26,7 @@ from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
+from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
 from serve_app.gateway.service import Service
@@ -197,6 +198,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         return await _answer(service, observe, request, model, reply, needs_key)
 
     add_control(app, service, read_and_answer, _takes)
+    add_fleet(app, read_and_answer, _takes)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

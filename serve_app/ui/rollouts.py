@@ -130,7 +130,7 @@ def _history(entries: Sequence[Body]) -> str:
     """The newest first."""
     items = [
         f"<li><time>{time.strftime('%H:%M:%S', time.gmtime(entry['at']))}</time> "
-        f"<b>{escape(entry['to_status'])}</b><p>{escape(entry['reason'])}</p></li>"
+        f"<b>{escape(entry['to_status'])}</b><div class='text'>{escape(entry['reason'])}</div></li>"
         for entry in reversed(entries)
     ]
     return f'<ol class="history">{"".join(items)}</ol>'
