@@ -7,7 +7,10 @@ import json
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from serve_app.config import UiArgs
+from serve_app.configfile import ConfigError, load
 from serve_app.ui import charts, fleet, markup, rollouts
 from serve_app.ui.actions import Actions
 from serve_app.ui.client import Gateway, Trouble
@@ -486,3 +489,36 @@ def test_bodies_are_bounded():
 def test_the_page_has_its_slash():
     answer = through("GET", "")
     assert (answer.status_code, answer.headers["location"]) == (308, "/ui/")
+
+
+# ---- in a config file
+
+
+def test_a_page_is_one_replica(tmp_path):
+    config = tmp_path / "serve.yaml"
+    text = (
+        "applications:\n- {name: page, import_path: 'serve_app.ui:build', route_prefix: /ui, deployments: [%s]}\n"
+    )
+    config.write_text(text % "{name: Page, num_replicas: 2}")
+    with pytest.raises(ConfigError, match="Page has several replicas; allowed: num_replicas 1"):
+        load(config)
+    config.write_text(text % "{name: Page, num_replicas: 1}")
+    assert load(config).gateways == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("http://gateway:8000", True),
+        ("https://search.example/api", True),
+        ("gateway:8000", False),
+        ("http://user:password@gateway", False),
+        ("http://gateway/?key=1", False),
+    ],
+)
+def test_a_gateways_url_holds_no_password(url, good):
+    if good:
+        assert UiArgs(gateway_url=url).gateway_url == url
+    else:
+        with pytest.raises(ValidationError):
+            UiArgs(gateway_url=url)
