@@ -104,7 +104,7 @@ def vllm_server(model: Path, dtype: str, folder: Path, *, tuned: bool) -> Iterat
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if tuned:
-        command += ["--block-size", "32", "--enforce-eager", "--disable-log-requests"]
+        command += ["--block-size", "32", "--enforce-eager"]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in _BATCH.items()]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     log = folder / f"vllm-{'tuned' if tuned else 'defaults'}.log"
