@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
 from tests import models
+from tests.otlp import Receiver
 
 ROOT = Path(__file__).parents[2]
 MINILM = {
@@ -141,11 +142,24 @@ def catalog_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def system(model_dir: Callable[[str], Path], catalog_index: Path) -> Iterator[System]:
+def receiver() -> Iterator[Receiver]:
+    """Of the system's traces: of calls whose callers ask for one."""
+    made = Receiver().start()
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": made.url, "OTEL_TRACES_SAMPLER": "parentbased_always_off"}
+    os.environ.update(environment)
+    yield made
+    made.stop()
+    for name in environment:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def system(model_dir: Callable[[str], Path], catalog_index: Path, receiver: Receiver) -> Iterator[System]:
     qwen = {"model": str(model_dir("qwen")), "kind": "qwen3-reranker"}
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": free_port()},
+        "logging_config": {"encoding": "JSON"},
         "applications": [
             {
                 "name": "gateway",
