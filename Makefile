@@ -15,7 +15,7 @@ INDEX := .run/index/catalog
 help:
 	echo "make serve [CONFIG=configs/local.yaml] [PORT=8000] [GPU=1]   serve a config in the foreground"
 	echo "make stop                  stop it from another terminal"
-	echo "make test | test-unit      all tests | those that need no engine"
+	echo "make test | test-unit      all tests | those that need no other process"
 	echo "make soak                  eleven minutes of constant load on a scaling variant"
 	echo "make simulate              compare scaling policies on simulated traffic (3 min); pictures in .run/simulate"
 	echo "make bench                 every benchmark that a CPU can run; tables, JSON and charts"
@@ -49,7 +49,7 @@ lint: setup-dev
 	$(BIN)/mypy
 
 test-unit: setup-dev
-	$(BIN)/pytest -q tests/unit
+	$(BIN)/pytest -q -n auto tests/unit
 
 # The manifests, launcher files, alert rules and dashboard of cluster/.
 test-cluster-files: setup-dev
@@ -60,9 +60,11 @@ manifests: setup-dev
 	$(BIN)/python cluster/kuberay/generate.py
 
 test: lint test-unit test-cluster-files setup-clients
+	$(BIN)/pytest -q tests/processes
 	$(BIN)/pytest -q tests/commands
 	$(BIN)/pytest -q tests/system
 	$(BIN)/pytest -q tests/rollout
+	$(BIN)/pytest -q tests/ui
 	$(BIN)/pytest -q tests/cluster
 	$(BIN)/pytest -q tests/draining
 

@@ -15,7 +15,7 @@ from redis import Redis
 
 from tests.models import SENTENCES
 from tests.system.conftest import System, reranker, wait_for
-from tests.unit.redis_server import RedisServer, needs_redis
+from tests.processes.redis_server import RedisServer, needs_redis
 
 # Of a call that is answered from the cache, in the gateway.
 MOST_MS = 5.0

@@ -24,7 +24,7 @@ from serve_app.rollout.figures import Figures
 from serve_app.rollout.messages import News, Splits
 from serve_app.rollout.split import Place, Split
 from tests.unit.gateway_double import DOCUMENTS, FleetDouble
-from tests.unit.rollout_process import until
+from tests.processes.rollout_process import until
 
 TIMEOUT_MS = 600
 SETTINGS: dict[str, Any] = {

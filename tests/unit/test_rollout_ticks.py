@@ -25,7 +25,7 @@ from serve_app.rollout.store import (
     open_store,
 )
 from serve_app.rollout.window import Window
-from tests.unit.rollout_gateway import settings
+from tests.processes.rollout_gateway import settings
 
 ROUTES = ("a", "b", "c")
 GUARDS = {"error_rate": {}}

@@ -42,7 +42,7 @@ from serve_app.rollout.store import (
     open_store,
     without_password,
 )
-from tests.unit.redis_server import RedisServer, needs_redis
+from tests.processes.redis_server import RedisServer, needs_redis
 
 # Two seconds, and what a busy machine adds.
 SOON_S = 4

@@ -17,7 +17,7 @@ from serve_app.config import Cache
 from serve_app.gateway.cache import Patience
 from serve_app.gateway.redis_tier import RedisTier
 from serve_app.gateway.scoring import Scoring
-from tests.unit.redis_server import RedisServer, needs_redis
+from tests.processes.redis_server import RedisServer, needs_redis
 from tests.unit.test_gateway_cache import MIB, Replicas, ask, expected
 
 PASSWORD = "the-secret"

@@ -20,7 +20,7 @@ import psutil
 from serve_app.rollout import controller
 from serve_app.rollout.controller import Controller
 from serve_app.rollout.store import Store, StoreError, open_store
-from tests.unit.redis_server import die_with_the_tests
+from tests.processes.redis_server import die_with_the_tests
 
 # Shorter than in production, so that a test sees many of each.
 TICK_S, LOOK_S, LEASE_S = 0.02, 0.1, 0.3

@@ -21,10 +21,10 @@ from serve_app.rollout.controller import Controller
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.messages import News
 from serve_app.rollout.store import Command, Rollout, Store, Transition, open_store
-from tests.unit import rollout_process
-from tests.unit.redis_server import RedisServer, needs_redis
-from tests.unit.rollout_gateway import Users
-from tests.unit.rollout_process import Accident, Process, until
+from tests.processes import rollout_process
+from tests.processes.redis_server import RedisServer, needs_redis
+from tests.processes.rollout_gateway import Users
+from tests.processes.rollout_process import Accident, Process, until
 
 # Guards wait for whole buckets.
 BUCKET_S = 1
