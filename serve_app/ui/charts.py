@@ -6,15 +6,17 @@ from html import escape
 Point = tuple[float, float | None]
 
 _WIDTH, _HEIGHT = 300, 64
+_LEAST_SPAN_S = 30.0
 
 
-def card(title: str, points: Sequence[Point], unit: str = "", note: str = "", span_s: float = 300) -> str:
-    """A figure: what it is now, and a line of the last `span_s` seconds. `points`: seconds and values, None where
-    there was none."""
+def card(title: str, points: Sequence[Point], unit: str = "", note: str = "") -> str:
+    """A figure: what it is now, and a line of all `points`: seconds and values, None where there was none."""
+    # A line that has just begun doesn't fill the width.
+    span_s = max(_LEAST_SPAN_S, points[-1][0] - points[0][0]) if points else _LEAST_SPAN_S
     values = [value for _, value in points if value is not None]
     now = points[-1][1] if points else None
     shown = "–" if now is None else f"{number(now)}{f' {unit}' if unit else ''}"
-    most = f"most {number(max(values))} in {span_s / 60:g} min" if values else "no figures yet"
+    most = f"most {number(max(values))} in {_span(span_s)}" if values else "no figures yet"
     remark = " · ".join(filter(None, (most, note)))
     return (
         f'<figure class="card"><figcaption>{escape(title)}</figcaption><div class="now">{escape(shown)}</div>'
@@ -33,7 +35,7 @@ def _line(points: Sequence[Point], span_s: float) -> str:
     for at, value in points:
         if value is None:
             runs.append([])
-        elif end - at <= span_s:
+        else:
             x = _WIDTH * (1 - (end - at) / span_s)
             runs[-1].append(f"{x:.1f},{_HEIGHT - 2 - (_HEIGHT - 6) * max(0.0, value) / top:.1f}")
     # A single point would be invisible as a line.
@@ -49,7 +51,9 @@ def _svg(content: str) -> str:
     )
 
 
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def number(value: float) -> str:
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}".rstrip("0").rstrip(".")

@@ -1,12 +1,8 @@
 """The page as a Serve deployment: a thin shell around Gradio's ASGI application."""
 
+import importlib.util
 import os
 
-# Gradio reads these as it is imported: it reports nothing, and remembers no runs.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_RUN_HISTORY"] = "False"
-
-import gradio as gr
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -16,10 +12,11 @@ from serve_app.config import UiArgs
 from serve_app.ui.actions import Actions
 from serve_app.ui.client import Gateway
 from serve_app.ui.doors import Doors
-from serve_app.ui.page import build_page, style, theme
 
 
 def application(args: UiArgs) -> serve.Application:
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("the page needs the extra ui: pip install -c constraints/cpu.txt 'serve-app[ui]'")
     return Page.bind(args)  # type: ignore[attr-defined]
 
 
@@ -48,6 +45,12 @@ class Page:
 
 def asgi(gateway_url: str) -> ASGIApp:
     """The page for the gateway at `gateway_url`."""
+    # Read as Gradio is imported, which takes seconds: it reports nothing to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    from serve_app.ui.page import build_page, style, theme
+
     frame = FastAPI(openapi_url=None)
     page = gr.mount_gradio_app(
         frame,

@@ -28,7 +28,7 @@ class History:
         if self._samples and answer["at"] - self._samples[-1]["at"] < _LEAST_S:
             return
         self._samples.append(answer)
-        while answer["at"] - self._samples[0]["at"] > SPAN_S + _RATE_S:
+        while answer["at"] - self._samples[0]["at"] > SPAN_S:
             self._samples.popleft()
 
     @property

@@ -54,10 +54,12 @@ def style() -> str:
 
 def build_page(actions: Actions) -> gr.Blocks:
     with gr.Blocks(title="serve-app", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML("<h1>serve-app</h1>", elem_classes="top")
-        with gr.Row(elem_classes="keys") as keys:
-            key = _key("API key", "api-key")
-            connect = gr.Button("Connect", elem_id="connect", scale=0)
+        with gr.Row(elem_classes="keys"):
+            gr.HTML("<h1>serve-app</h1>", elem_classes="top")
+            # Where no key is needed, none is asked for.
+            with gr.Row(elem_classes="keys") as keys:
+                key = _key("API key", "api-key")
+                connect = gr.Button("Connect", elem_id="connect", scale=0)
         status = gr.HTML(elem_id="status")
         with gr.Column(visible=False, elem_id="tabs") as tabs, gr.Tabs():
             with gr.Tab("Search", id="search") as search_tab:
@@ -84,7 +86,6 @@ def build_page(actions: Actions) -> gr.Blocks:
                 )
             return (
                 "",
-                # Where none is needed, none is asked for.
                 gr.Row(visible=bool(key)),
                 gr.Column(visible=True),
                 gr.Dropdown(choices=list(names.all), value=names.all[0]),
@@ -126,7 +127,7 @@ def _compare(actions: Actions, key: gr.Textbox) -> gr.Dropdown:
         query = _query("compare-query")
         models = gr.Dropdown(
             [],
-            label=f"Two to {MAX_COMPARED} of them",
+            label=f"Two to {MAX_COMPARED} routes, pipelines, variants",
             multiselect=True,
             max_choices=MAX_COMPARED,
             scale=3,
@@ -227,8 +228,18 @@ def _rollouts(actions: Actions, tab: gr.Tab) -> gr.Timer:
 
 
 def _key(label: str, name: str) -> gr.Textbox:
-    attributes = gr.InputHTMLAttributes(autocomplete="off", spellcheck=False)
-    return gr.Textbox(label=label, type="password", max_lines=1, html_attributes=attributes, elem_id=name, scale=4)
+    return gr.Textbox(
+        label=label,
+        show_label=False,
+        container=False,
+        placeholder=label,
+        type="password",
+        max_lines=1,
+        html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
+        elem_id=name,
+        min_width=120,
+        scale=4,
+    )
 
 
 def _query(name: str) -> gr.Textbox:

@@ -26,7 +26,12 @@ _KINDS = {
 def choices(rollouts: Sequence[Body]) -> list[tuple[str, str]]:
     """For a list to choose from, the newest first: what it shows, and the id."""
     return [
-        (f"{r['route']}: {r['stable']} → {r['canary']}, {r['status'].replace('_', ' ')} ({r['id']})", r["id"])
+        (
+            f"{r['route']}: {r['stable']} → {r['canary']}, "
+            # What goes on would be out of date in a list.
+            f"{r['status'].replace('_', ' ') if r['status'] in _FINISHED else 'under way'} ({r['id']})",
+            r["id"],
+        )
         for r in rollouts
     ]
 

@@ -205,10 +205,10 @@ def test_compare_marks_what_differs_from_the_first():
 
 
 def test_a_chart_keeps_gaps_and_its_scale():
-    html = charts.card("drain", [(0, 1.0), (10, None), (20, 2.0), (30, 4.0)], "s", "target 2 s", span_s=30)
+    html = charts.card("drain", [(0, 1.0), (10, None), (20, 2.0), (30, 4.0)], "s", "target 2 s")
     assert html.count("<polyline") == 2
     assert ">4 s<" in html
-    assert "most 4 in 0.5 min · target 2 s" in html
+    assert "most 4 in 30 s · target 2 s" in html
     assert "–" in charts.card("nothing", [])
 
 
