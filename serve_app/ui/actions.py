@@ -54,7 +54,7 @@ class Actions:
             return markup.empty("Enter a query.")
         body = _body(query, model, instruction) | {"top_n": _top(top_n)}
         try:
-            found, recalled = await _together(
+            found, recalled = await asyncio.gather(
                 self._gateway.search(key, body | {"explain": True}),
                 self._gateway.search(key, body | {"rerank": False}),
             )
@@ -165,15 +165,6 @@ def _body(query: str, model: str | None, instruction: str | None) -> dict[str, A
 
 def _top(top_n: float | None) -> int:
     return max(1, min(MAX_SHOWN, int(top_n or 10)))
-
-
-async def _together(one: Any, other: Any) -> tuple[Body, Body]:
-    """Both, or the first's Trouble."""
-    first, second = await asyncio.gather(one, other, return_exceptions=True)
-    for answer in (first, second):
-        if isinstance(answer, BaseException):
-            raise answer
-    return first, second
 
 
 def _progress(shown: list[str], total: int) -> str:

@@ -112,7 +112,7 @@ def _guards(rollout: Body) -> str:
             f'<span class="state {_KINDS.get(verdict["outcome"], "runs")}">{escape(outcome)}</span>'
             '</div><div class="score"><div class="track">'
             f'<div class="fill" style="width:{min(1, has / needs) * 100:.0f}%"></div></div>'
-            f'<span class="value">{has:,} of {verdict["min_samples"]:,} samples</span></div>'
+            f'<span class="value">{has:,} samples, {verdict["min_samples"]:,} needed</span></div>'
             f'<p class="text">{escape(verdict["text"])}</p></li>'
         )
     return f'<ul class="results guards">{"".join(items)}</ul>' if items else '<p class="note">There are none.</p>'

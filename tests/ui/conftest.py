@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve_app.access import ADMIN_KEY, API_KEYS
-from serve_app.launch import ENVIRONMENT, FAST
+from serve_app.launch import ENVIRONMENT
 from tests.rollout.conftest import scorer, variant
 from tests.system.conftest import (
     MINILM,
@@ -73,8 +73,7 @@ def fleet(
     catalog_index: Path,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
-    # As `serve-app up` does where there are keys: the page's events go through HAProxy.
-    os.environ.update(ENVIRONMENT | FAST)
+    os.environ.update(ENVIRONMENT)
     os.environ |= {API_KEYS: f"page:{KEY}", ADMIN_KEY: ADMIN}
     # Replicas import the scorers.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -148,12 +147,15 @@ def open_page(fleet: Fleet, browser: Browser) -> Iterator[Callable[..., Page]]:
     assert not errors, errors
 
 
+WANTS_PICTURES = bool(os.environ.get("SERVE_APP_SCREENSHOTS"))
+
+
 @pytest.fixture
 def picture() -> Callable[..., None]:
     """Writes what the page shows to docs/images, where that was asked for."""
 
     def picture(page: Page, name: str, full: bool = False) -> None:
-        if os.environ.get("SERVE_APP_SCREENSHOTS"):
+        if WANTS_PICTURES:
             IMAGES.mkdir(exist_ok=True)
             taken = Image.open(io.BytesIO(page.screenshot(full_page=full, animations="disabled")))
             taken.convert("RGB").quantize(128).save(IMAGES / f"{name}.png", optimize=True)

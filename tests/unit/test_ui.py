@@ -311,7 +311,7 @@ def test_a_rollout_shows_weights_steps_guards_and_history():
     assert "analysis, 1 min 30 s at most" in html
     assert "pause until resumed" in html
     assert "inconclusive, 1 in a row" in html
-    assert "5 of 20 samples" in html
+    assert "5 samples, 20 needed" in html
     assert "width:25%" in html
     assert "started by &lt;me&gt;" in html
     assert "1,200" in html
