@@ -31,7 +31,7 @@ class Service:
     tokens_per_s: float = 40_000.0
     pairs_per_call: int = 64
     # Chunks that one replica takes; more wait in the callers' handles.
-    max_ongoing_requests: int = 16
+    max_ongoing_requests: int = 256
     # When the gateway gives a call up and answers without it.
     timeout_s: float = 5.0
     # What a call takes beside its tokens: network, tokenising, an engine step's fixed part.

@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RecallRequest:
-    """One search: the `k` best documents for `query`. `timeout_s` bounds the work; `traceparent` is of the caller's
-    span, and empty where there is none."""
+    """One search: the `k` best documents for `query`. `timeout_s` bounds the work; `traceparent` is of the
+    caller's span, and empty where there is none."""
 
     query: str
     k: int

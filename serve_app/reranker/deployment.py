@@ -48,8 +48,9 @@ class Front:
 
 @serve.deployment(
     name="Reranker",
-    # Enough calls of 64 pairs to fill the engine's batch while others are tokenised.
-    max_ongoing_requests=16,
+    # More than wait by far: what waits in the callers comes one by one, each after a question to the replica, and
+    # the engine starves beside a queue (half the pairs/s at 16). Here it waits by priority.
+    max_ongoing_requests=256,
     # The limit is the caller's, and counts all chunks of all its calls at once.
     max_queued_requests=4096,
     health_check_period_s=2,
