@@ -1,4 +1,5 @@
-"""`make bench`: every benchmark that a CPU can run, one table a question; JSON and charts in bench/results/.
+"""`make bench`: what a CPU can measure in a quarter of an hour, one table a question; JSON and charts in
+bench/results/. Larger models and indexes are the modules' own arguments; `startup` is run by itself.
 
 python -m bench [--rounds N] [NAME ...]
 """
@@ -15,12 +16,13 @@ from bench.common import RESULTS, machine
 
 # The question that each answers, and its arguments.
 BENCHMARKS = {
-    "engine": ("Ways to hand pairs to the engine", []),
-    "peers": ("Reranking over HTTP beside other servers", []),
+    "engine": ("Ways to hand pairs to the engine", ["--shape", "tiny"]),
+    "peers": ("Reranking over HTTP beside other servers", ["--shape", "tiny"]),
     "gateway": ("What the gateway adds", []),
     "cache": ("What the score cache saves", []),
-    "rollout": ("What a rollout costs", []),
-    "recall": ("BM25 recall beside other engines", []),
+    "chunks": ("Chunks on two replicas", []),
+    "rollout": ("What a rollout costs", ["--own-hardware"]),
+    "recall": ("BM25 recall beside other engines", ["--documents", "100000"]),
     "cascade": ("What a cascade costs and loses", ["--queries", "40"]),
 }
 ROOT = Path(__file__).parents[1]

@@ -85,7 +85,6 @@ def _show(shape: str, ways: dict[str, Any]) -> None:
         *(f"{n} x {PAIRS[shape]} pairs" for n in AT_ONCE),
         "of bare",
         "loop's lag, p99 ms",
-        "ready in s",
     ]
     rows = []
     for way, found in ways.items():
@@ -96,7 +95,6 @@ def _show(shape: str, ways: dict[str, Any]) -> None:
                 *(spread.text(4) for spread in found["rates"]),
                 " / ".join(f"{mine.median / bare.median:.2f}" for mine, bare in shares),
                 f"{found['lag_p99_ms']:.1f}",
-                f"{found['ready_s']:.1f}",
             ]
         )
     show(f"{shape}, pairs a second", heads, rows)
@@ -106,7 +104,6 @@ def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
     folder = models.qwen3_without_weights(root / shape, **SHAPES[shape])
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
-    ready_s: dict[str, float] = {}
     rates: dict[str, list[list[float]]] = {way: [[] for _ in AT_ONCE] for way in WAYS}
     lags: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
@@ -115,7 +112,8 @@ def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
             process = spawn.Process(target=_work, args=(way, str(folder), PAIRS[shape], there))
             process.start()
             workers[way] = process, here
-            ready_s[way] = receive(here)
+        for _, here in workers.values():
+            receive(here)
         names = list(WAYS)
         for n, (i, calls) in itertools.product(range(rounds), enumerate(AT_ONCE)):
             # Another begins each round.
@@ -133,7 +131,6 @@ def _compare(root: Path, shape: str, rounds: int) -> dict[str, Any]:
         way: {
             "rates": [Spread.of(found) for found in rates[way]],
             "lag_p99_ms": statistics.median(lags[way]),
-            "ready_s": ready_s[way],
         }
         for way in WAYS
     }
@@ -149,7 +146,6 @@ def receive(pipe: Connection) -> Any:
 
 
 def _work(way: str, folder: str, pairs: int, pipe: Connection) -> None:
-    began = time.monotonic()
     prepare_environment(os.cpu_count() or 1)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     args = RerankerArgs(
@@ -163,7 +159,7 @@ def _work(way: str, folder: str, pairs: int, pipe: Connection) -> None:
     else:
         measure, close = _ours(way, settings, pairs)
     measure(1)
-    pipe.send(time.monotonic() - began)
+    pipe.send("ready")
     try:
         while True:
             pipe.send(measure(pipe.recv()))

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def vllm_server(model: Path, dtype: str, folder: Path, *, tuned: bool) -> Iterat
                 if process.poll() is not None or time.monotonic() > give_up_at:
                     raise RuntimeError(f"vLLM's server did not start: {log.read_text()[-2000:]}")
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1/rerank"
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             end(process)
@@ -281,11 +282,14 @@ def _compare(shape: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         model = make_model(shape, folder / "model")
-        urls = {
-            "serve-app": stack.enter_context(fleet(ours(model, dtype))) + "/v1/rerank",
-            "vLLM's server, tuned": stack.enter_context(vllm_server(model, dtype, folder, tuned=True)),
-            "vLLM's server, defaults": stack.enter_context(vllm_server(model, dtype, folder, tuned=False)),
+        servers = {
+            "serve-app": fleet(ours(model, dtype)),
+            "vLLM's server, tuned": vllm_server(model, dtype, folder, tuned=True),
+            "vLLM's server, defaults": vllm_server(model, dtype, folder, tuned=False),
         }
+        with ThreadPoolExecutor() as pool:
+            bases = pool.map(stack.enter_context, servers.values())
+            urls = {peer: f"{base}/v1/rerank" for peer, base in zip(servers, bases, strict=True)}
         sent = body(random.Random(7), 50)
         bare = Bare(model, dtype)
         stack.callback(bare.close)
