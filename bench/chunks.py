@@ -54,7 +54,7 @@ def run(rounds: int) -> dict[str, Any]:
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
     with tempfile.TemporaryDirectory() as folder:
-        model = models.qwen3_without_weights(Path(folder) / "model", **SHAPES["25m"])
+        model = models.qwen3_without_weights(Path(folder) / "model", **SHAPES["tiny"])
         args = {
             "model": str(model),
             "kind": "qwen3-reranker",
