@@ -47,7 +47,8 @@ def test_calls_are_answered_in_time_while_the_rerankers_node_dies(
     recovered_s = max((call.ended for call in degraded), default=killed_at) - killed_at
     print(
         f"\n{lost} lost: {len(load.calls)} calls, {len(degraded)} of them degraded: "
-        f"{ {why(call) for call in degraded} }, slowest {max(c.took_s for c in load.calls):.2f} s of {TIMEOUT_MS / 1e3:g}; "
+        f"{ {why(call) for call in degraded} }; "
+        f"the slowest took {max(call.took_s for call in load.calls):.2f} s of {TIMEOUT_MS / 1e3:g}; "
         f"replicas back after {placed_s:.1f} s, whole answers after {recovered_s:.1f} s"
     )
     assert not load.errors, load.errors[:3]
