@@ -14,8 +14,8 @@ import pytest
 from redis import Redis
 
 from tests.models import SENTENCES
-from tests.system.conftest import System, reranker, wait_for
 from tests.processes.redis_server import RedisServer, needs_redis
+from tests.system.conftest import System, reranker, wait_for
 
 # Of a call that is answered from the cache, in the gateway.
 MOST_MS = 5.0

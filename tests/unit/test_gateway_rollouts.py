@@ -23,8 +23,8 @@ from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreR
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.messages import News, Splits
 from serve_app.rollout.split import Place, Split
-from tests.unit.gateway_double import DOCUMENTS, FleetDouble
 from tests.processes.rollout_process import until
+from tests.unit.gateway_double import DOCUMENTS, FleetDouble
 
 TIMEOUT_MS = 600
 SETTINGS: dict[str, Any] = {
