@@ -33,8 +33,11 @@ GRPC_METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerServ
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_gateway_in_reach_of_others_does_not_start_without_keys(tmp_path: Path, fast: bool) -> None:
     # HAProxy's own ports are the same for all systems of a machine, so this comes before the one below starts.
-    config = tmp_path / "config.yaml"
-    config.write_text((ROOT / "configs/local.yaml").read_text().replace("host: 127.0.0.1", "host: 0.0.0.0"))
+    config, index = tmp_path / "config.yaml", tmp_path / "index"
+    # `make serve` has not built its own yet.
+    assert serve_app("index", "build", "--input", "examples/catalog.jsonl", "--index", index).returncode == 0
+    local = (ROOT / "configs/local.yaml").read_text().replace(".run/index/catalog", str(index))
+    config.write_text(local.replace("host: 127.0.0.1", "host: 0.0.0.0"))
     flags = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"} if fast else {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
