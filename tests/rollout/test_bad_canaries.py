@@ -79,14 +79,14 @@ def fallbacks(load):
 
 def test_one_that_raises(fleet, load):
     failed = rolled_back(fleet, load, "raises", AT_25)
-    assert [verdict["metric"] for verdict in failed] == ["error_rate"]
+    assert [verdict["metric"] for verdict in failed] == ["degraded_rate"]
     assert fallbacks(load) == load.placed("canary") > 0
     load.check_no_client_paid()
 
 
 def test_one_that_hangs(fleet, load):
     failed = rolled_back(fleet, load, "hangs", AT_25)
-    assert [verdict["metric"] for verdict in failed] == ["error_rate"]
+    assert [verdict["metric"] for verdict in failed] == ["degraded_rate"]
     assert fallbacks(load) == load.placed("canary") > 0
     load.check_no_client_paid()
 
@@ -123,6 +123,6 @@ def test_one_whose_replica_keeps_dying(fleet, load):
     finally:
         over.set()
         killer.join()
-    assert "error_rate" in {verdict["metric"] for verdict in failed}
+    assert "degraded_rate" in {verdict["metric"] for verdict in failed}
     assert fallbacks(load) > 0
     load.check_no_client_paid()
