@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from bench.common import Spread, percentile, save, show
-from bench.fleet import HEADERS, config, fleet
+from bench.fleet import HEADERS, catalogue, config, fleet
 from tests import models
 
 ROOT = Path(__file__).parents[1]
@@ -38,17 +38,11 @@ def run(rounds: int) -> dict[str, Any]:
             "pipelines": {"rerank": {"recall_k": _DOCUMENTS, "stages": [{"variant": "minilm"}]}},
             "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 60_000}},
         }
-        catalogue = {
-            "name": "catalogue",
-            "import_path": "serve_app.recall:build",
-            "route_prefix": None,
-            "args": {"index": str(index)},
-        }
         took: dict[str, list[float]] = {"search, first": [], "search, again": [], "rerank, first": []}
         took |= {"rerank, again": [], "rerank, half of it new": []}
         rounds_ms: dict[str, list[float]] = {name: [] for name in took}
         computed: list[int] = []
-        served = config(settings, catalogue, reranker("minilm", MINILM))
+        served = config(settings, catalogue(index), reranker("minilm", MINILM))
         with fleet(served) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=90) as client:
             for i in range(rounds):
                 for name in took:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from bench.common import percentile, save, show
-from bench.fleet import HEADERS, config, fleet
+from bench.fleet import HEADERS, catalogue, config, fleet
 
 ROOT = Path(__file__).parents[1]
 DATASET = ROOT.parent / "shared" / "data" / "cranfield"
@@ -64,13 +64,9 @@ def run(dataset: Path, queries: int) -> dict[str, Any] | None:
             "routes": {"default": {"weights": {"dear": 100}, "timeout_ms": 60_000}},
             "cache": None,
         }
-        catalogue = {
-            "name": "catalogue",
-            "import_path": "serve_app.recall:build",
-            "route_prefix": None,
-            "args": {"index": str(index)},
-        }
-        served = config(settings, catalogue, reranker("minilm", {**MINILM, "engine": {"max_model_len": 256}}))
+        served = config(
+            settings, catalogue(index), reranker("minilm", {**MINILM, "engine": {"max_model_len": 256}})
+        )
         orders: dict[str, dict[str, list[str]]] = {name: {} for name in PIPELINES}
         tokens: dict[str, list[int]] = {name: [] for name in PIPELINES}
         took_ms: dict[str, list[float]] = {name: [] for name in PIPELINES}

@@ -39,6 +39,16 @@ def config(settings: dict[str, Any], *applications: dict[str, Any]) -> dict[str,
     }
 
 
+def catalogue(index: Path) -> dict[str, Any]:
+    """The recall application `catalogue` over `index`."""
+    return {
+        "name": "catalogue",
+        "import_path": "serve_app.recall:build",
+        "route_prefix": None,
+        "args": {"index": str(index)},
+    }
+
+
 @contextlib.contextmanager
 def fleet(served: dict[str, Any], *, fast: bool = True) -> Iterator[str]:
     """Where it listens. `fast`: with HAProxy, as where there are keys; else with Serve's own proxy."""
