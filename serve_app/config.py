@@ -195,11 +195,13 @@ class Limits(Block):
 
 
 class Cache(Block):
-    """Scores that were computed before, by all that decides them. Each gateway replica has its own, and Redis
-    behind it where `redis` is set."""
+    """Scores that were computed before, by all that decides them, and the candidates of searches. Each gateway
+    replica has its own, and Redis behind it for the scores where `redis` is set."""
 
     # 32 bytes a score, of memory that is taken as it fills.
     max_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    # 200 candidates of 1 KB take half a megabyte; 0: every search asks recall.
+    recall_max_bytes: int = Field(default=64 * 2**20, ge=0)
     ttl_s: int = Field(default=3600, ge=1, le=30 * 86_400)
     # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS; SERVE_APP_REDIS_PASSWORD as above.
     redis: SecretStr | None = None

@@ -124,6 +124,8 @@ def _describe(span: Span, scope: Message, status: int) -> None:
         span.set(pipeline=call.plan.pipeline or call.plan.name, why=call.plan.why)
     for report in reports:
         span.set(**{f"stage.{report.name}.ms": round(report.took_ms, 3)})
+        if report.cached:
+            span.set(**{f"stage.{report.name}.cached": True})
         if report.pairs:
             span.set(**{f"stage.{report.name}.pairs": report.pairs})
             span.set(**{f"stage.{report.name}.cache_hits": report.cache_hits})

@@ -122,6 +122,8 @@ def _stage(report: StageReport) -> dict[str, Any]:
             "cached_tokens": report.cached_tokens,
             "truncated": report.truncated,
         }
+    if report.cached:
+        body["cached"] = True
     if report.skipped is not None:
         body["skipped"] = report.skipped
     return body

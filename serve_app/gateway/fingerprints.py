@@ -1,7 +1,7 @@
-"""Which fingerprint a variant's scores have now, as far as a gateway knows. Pure.
+"""Which fingerprint a variant's scores, or recall's candidates, have now, as far as a gateway knows. Pure.
 
-Answers tell; and because a gateway that finds every score in its cache gets none, a variant is also asked whenever
-Serve's status shows that something changed: while it is being deployed, and for a while after any change.
+Answers tell; and because a gateway that finds everything in its cache gets none, an application is also asked
+whenever Serve's status shows that something changed: while it is being deployed, and for a while after any change.
 """
 
 import time
@@ -13,7 +13,7 @@ _ASKED_FOR_S = 10.0
 
 
 @dataclass(slots=True)
-class _Variant:
+class _Application:
     fingerprint: str = ""
     # Of the call whose answer it was.
     asked_at: float = float("-inf")
@@ -29,24 +29,27 @@ class Fingerprints:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._variants: dict[str, _Variant] = {}
+        self._applications: dict[str, _Application] = {}
 
-    def of(self, variant: str) -> str:
+    def of(self, app: str) -> str:
         """Empty where it isn't known."""
-        known = self._variants.get(variant)
+        known = self._applications.get(app)
         return known.fingerprint if known else ""
 
-    def heard(self, variant: str, fingerprint: str, asked_at: float) -> None:
+    def heard(self, app: str, fingerprint: str, asked_at: float) -> None:
         """An answer came to a call made at `asked_at`. It counts unless one is known to a later call: a replica
         that is being replaced may answer last."""
-        known = self._variants.setdefault(variant, _Variant())
+        known = self._applications.setdefault(app, _Application())
         if asked_at >= known.asked_at:
             known.fingerprint, known.asked_at = fingerprint, asked_at
 
-    def follow(self, variant: str, status: str, running: int, deployed_at_s: float) -> bool:
-        """Takes in what Serve says of the variant; whether it is to be asked now. One that sleeps isn't, which
-        would wake it: if it was deployed again since it was heard, its fingerprint is forgotten."""
-        known = self._variants.setdefault(variant, _Variant())
+    def follow(
+        self, app: str, status: str, running: int, deployed_at_s: float, *, every_s: float | None = None
+    ) -> bool:
+        """Takes in what Serve says of the application; whether it is to be asked now: after a change, and where it
+        hasn't been heard for `every_s`. One that sleeps isn't, which would wake it: if it was deployed again since
+        it was heard, its fingerprint is forgotten."""
+        known = self._applications.setdefault(app, _Application())
         now = self.clock()
         if deployed_at_s != known.deployed_at_s:
             known.deployed_at_s, known.redeployed_at, known.changed_at = deployed_at_s, now, now
@@ -56,8 +59,9 @@ class Fingerprints:
             if status == "RUNNING" and known.asked_at < known.redeployed_at:
                 known.fingerprint = ""
             return False
-        return status != "RUNNING" or now - known.changed_at < _ASKED_FOR_S
+        overdue = every_s is not None and now - known.asked_at >= every_s
+        return status != "RUNNING" or now - known.changed_at < _ASKED_FOR_S or overdue
 
-    def keep(self, variants: Collection[str]) -> None:
+    def keep(self, apps: Collection[str]) -> None:
         """Forgets all others."""
-        self._variants = {name: known for name, known in self._variants.items() if name in variants}
+        self._applications = {name: known for name, known in self._applications.items() if name in apps}

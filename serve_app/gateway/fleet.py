@@ -30,7 +30,12 @@ _STATUS_EVERY_S = 2.0
 _ATTEMPTS = 3
 # A timeout says something about a variant only if the variant had at least this long.
 _TELLING_TIMEOUT_S = 1.0
-# A variant that is asked for its fingerprint and answers later than this is asked again.
+# What says which fingerprint an application's answers have now.
+_TOLD_BY = {"Reranker": "info", "Recall": "stats"}
+# An index that was rebuilt is served after a restart, which may fall between two looks at the status. A variant's
+# takes longer; and asking one now and then would be load to its autoscaling.
+_RECALL_ASKED_EVERY_S = 10.0
+# One that is asked for its fingerprint and answers later than this is asked again.
 _INFO_TIMEOUT_S = 2.0
 
 
@@ -80,8 +85,10 @@ class Fleet:
         """Raises StageFailure."""
         with tracing.call_to(f"recall {app}"):
             request = replace(request, traceparent=tracing.traceparent())
+            asked_at = time.monotonic()
             (result,) = await self._guarded(app, "Recall", "search", [request], request.timeout_s)
         answer: RecallResult = result
+        self.fingerprints.heard(app, answer.fingerprint, asked_at)
         return answer
 
     async def ask(self, app: str, method: str, *arguments: Any, timeout_s: float) -> Any:
@@ -223,22 +230,28 @@ class Fleet:
     def _follow_fingerprints(self, apps: dict[str, AppStatus]) -> None:
         self.fingerprints.keep(apps)
         for name, app in apps.items():
-            running = app.running.get("Reranker", 0)
-            ask = self.fingerprints.follow(name, app.status, running, app.deployed_at_s)
+            deployment = next(filter(app.running.__contains__, _TOLD_BY), None)
+            if deployment is None:
+                continue
+            every_s = _RECALL_ASKED_EVERY_S if deployment == "Recall" else None
+            ask = self.fingerprints.follow(
+                name, app.status, app.running[deployment], app.deployed_at_s, every_s=every_s
+            )
             if ask and name not in self._asking:
-                task = self._asking[name] = asyncio.get_running_loop().create_task(self._ask_fingerprint(name))
-                task.add_done_callback(partial(self._asked, name))
+                asking = asyncio.get_running_loop().create_task(self._ask_fingerprint(name, deployment))
+                self._asking[name] = asking
+                asking.add_done_callback(partial(self._asked, name))
 
-    def _asked(self, variant: str, task: asyncio.Task[None]) -> None:
-        del self._asking[variant]
+    def _asked(self, app: str, task: asyncio.Task[None]) -> None:
+        del self._asking[app]
 
-    async def _ask_fingerprint(self, variant: str) -> None:
+    async def _ask_fingerprint(self, app: str, deployment: str) -> None:
         asked_at = time.monotonic()
         # Asked again soon; and what does not know the question says nothing in its answers either.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_INFO_TIMEOUT_S):
-                info = await self._call(variant, "Reranker", "info")
-            self.fingerprints.heard(variant, info.get("fingerprint", ""), asked_at)
+                told = await self._call(app, deployment, _TOLD_BY[deployment])
+            self.fingerprints.heard(app, told.get("fingerprint", ""), asked_at)
 
 
 def _read_status() -> dict[str, AppStatus]:

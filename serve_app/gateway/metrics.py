@@ -35,6 +35,7 @@ class Metrics:
         )
         self._pairs = Counter("serve_app_pairs", "Pairs that a variant was asked for.", tag_keys=("variant",))
         self._hits = Counter("serve_app_cache_hits", "Pairs that the score cache had.", tag_keys=("variant",))
+        self._recall_hits = Counter("serve_app_cache_recall_hits", "Searches whose candidates were known.")
         self._tokens = Counter("serve_app_tokens", "Prompt tokens of computed pairs.", tag_keys=("variant",))
         self._prefix_tokens = Counter(
             "serve_app_prefix_cache_tokens", "Tokens of these that the engine had cached.", tag_keys=("variant",)
@@ -66,6 +67,8 @@ class Metrics:
         self._stage_s.observe(report.took_ms / 1e3, {"stage": report.name})
         if report.failure is not None:
             self._degraded.inc(1, {"stage": report.name, "reason": report.failure.reason})
+        if report.cached:
+            self._recall_hits.inc(1)
         variant = {"variant": report.name}
         for counter, value in (
             (self._pairs, report.pairs),
@@ -82,12 +85,13 @@ class Gauges:
 
     def __init__(self, replica: str) -> None:
         self._replica = {"replica": replica}
-        self._entries, self._bytes, self._store_up = (
+        self._entries, self._bytes, self._store_up, self._recall_bytes = (
             Gauge(f"serve_app_cache_{name}", description, tag_keys=("replica",))
             for name, description in (
                 ("entries", "Scores in the gateway's memory, also those past their time."),
                 ("bytes", "Room for scores, of memory that is taken as it fills."),
                 ("store_up", "0 while the score cache's Redis is left out because it doesn't answer in time."),
+                ("recall_bytes", "What the known candidates of searches take."),
             )
         )
         self._problem = Gauge(
@@ -100,6 +104,7 @@ class Gauges:
         cache = service.scoring.stats()
         self._entries.set(cache.get("entries", 0), self._replica)
         self._bytes.set(cache.get("size_bytes", 0), self._replica)
+        self._recall_bytes.set(service.recalling.size_bytes, self._replica)
         self._store_up.set(float(not cache.get("redis_out", False)), self._replica)
         for what, problem in (("keys", service.keys.problem), ("settings", service.settings_error)):
             self._problem.set(float(problem is not None), {**self._replica, "what": what})

@@ -43,6 +43,8 @@ class StageReport:
     pairs: int = 0
     # Of the pairs: not computed for this call.
     cache_hits: int = 0
+    # Of recall: its candidates were known.
+    cached: bool = False
     tokens: int = 0
     cached_tokens: int = 0
     truncated: int = 0

@@ -19,6 +19,7 @@ from serve_app.gateway.keys import Key, Keys
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
 from serve_app.gateway.plan import Call, variants_in_use
+from serve_app.gateway.recalling import Recalled, Recalling
 from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.scoring import Scoring
 from serve_app.gateway.scripts import foreign_letter
@@ -44,6 +45,7 @@ class Service:
         # The gateway's own, whose replicas share a key's rate.
         self.application: str | None = None
         self.rollouts = Rollouts(fleet.ask)
+        self.recalling = Recalling(fleet)
         self.scoring = Scoring(fleet)
         self._settings: GatewaySettings | None = None
         # What is wrong with settings that were refused while older ones stay in force.
@@ -64,6 +66,7 @@ class Service:
         try:
             self._settings = GatewaySettings.model_validate(user_config)
             self.settings_error = None
+            self.recalling.configure(self._settings.cache)
             self.scoring.configure(self._settings.cache)
         except ValidationError as error:
             message = explain(error, "user_config")
@@ -106,13 +109,13 @@ class Service:
             # BM25's order is no answer of the canary's.
             call = replace(call, plan=replace(call.plan, place=None))
         # What was recalled for the canary serves stable too, and the mirrored copy.
-        recalled: dict[int, tuple[list[Candidate], float]] = {}
+        recalled: dict[int, Recalled] = {}
 
         async def attempt(call: Call) -> tuple[list[Candidate], Ranking]:
             k = max(recall_k or call.plan.recall_k, top_n)
             if k not in recalled:
                 recalled[k] = await self._recall(call, query, k)
-            candidates, took_ms = recalled[k]
+            candidates = recalled[k].candidates
             ranking = await self._rank(
                 call,
                 call.plan.stages if rerank else (),
@@ -120,7 +123,9 @@ class Service:
                 [_text(candidate) for candidate in candidates],
                 [candidate.score for candidate in candidates],
             )
-            ranking.reports.insert(0, StageReport("recall", took_ms=took_ms))
+            ranking.reports.insert(
+                0, StageReport("recall", took_ms=recalled[k].took_ms, cached=recalled[k].cached)
+            )
             return candidates, ranking
 
         def order(found: tuple[list[Candidate], Ranking]) -> list[str]:
@@ -152,16 +157,13 @@ class Service:
             searched=False,
         )
 
-    async def _recall(self, call: Call, query: str, k: int) -> tuple[list[Candidate], float]:
-        """Candidates, and the milliseconds that it took."""
+    async def _recall(self, call: Call, query: str, k: int) -> Recalled:
         assert call.settings.recall is not None
-        started = time.monotonic()
         request = RecallRequest(query, k, call.request_id, call.deadline.remaining_s())
         try:
-            recalled = await self.fleet.recall(call.settings.recall, request)
+            return await self.recalling.recall(call.settings.recall, request, fresh=call.fresh)
         except StageFailure as failure:
             raise _nothing_possible(failure) from failure
-        return recalled.candidates, (time.monotonic() - started) * 1e3
 
     async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[Call, Ranking]:
         """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered.

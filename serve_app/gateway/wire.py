@@ -168,6 +168,7 @@ class Degraded(BaseModel):
 class StageMeta(BaseModel):
     name: str = Field(description="`recall`, or the variant.")
     took_ms: float
+    cached: bool = Field(default=False, description="The candidates of this search were known; recall only.")
     pairs: int = 0
     cache_hits: int = Field(
         default=0, description="Of the pairs, those whose score was known, or being computed for another call."

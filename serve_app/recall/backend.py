@@ -8,6 +8,10 @@ from serve_app.recall.messages import Candidate
 class Backend(Protocol):
     """One catalogue, searchable. Methods are called from several threads at once."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Names all that decides which candidates a query has: it changes with the catalogue."""
+
     def search(self, query: str, k: int) -> list[Candidate]:
         """At most `k` candidates, best first, equal scores in the catalogue's order. `query` is plain text."""
 

@@ -31,19 +31,21 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RecallResult:
-    """Candidates best first, at most `k`. `took_ms` is the time inside the deployment."""
+    """Candidates best first, at most `k`. `took_ms` is the time inside the deployment; `fingerprint` names all
+    that decides which candidates a query has (empty: the replica doesn't say)."""
 
     candidates: list[Candidate]
     took_ms: float
+    fingerprint: str = ""
 
     def __reduce__(self) -> "tuple[Any, ...]":
         # Pickled as columns: 200 frozen dataclasses one by one cost more than the search that found them.
         columns = tuple(zip(*map(_VALUES, self.candidates), strict=True))
-        return _result, (columns, self.took_ms)
+        return _result, (columns, self.took_ms, self.fingerprint)
 
 
 _VALUES = attrgetter("id", "score", "title", "text", "source")
 
 
-def _result(columns: tuple[tuple[Any, ...], ...], took_ms: float) -> RecallResult:
-    return RecallResult(list(map(Candidate, *columns)) if columns else [], took_ms)
+def _result(columns: tuple[tuple[Any, ...], ...], took_ms: float, fingerprint: str) -> RecallResult:
+    return RecallResult(list(map(Candidate, *columns)) if columns else [], took_ms, fingerprint)

@@ -31,12 +31,13 @@ class Searcher:
             raise ValueError(f"k is {request.k}; allowed: 1 or more")
         started = time.monotonic()
         deadline = started + request.timeout_s
+        fingerprint = self.backend.fingerprint
 
         def work() -> RecallResult:
             if time.monotonic() >= deadline:
                 raise TimeoutError
             candidates = self.backend.search(request.query, request.k)
-            return RecallResult(candidates, took_ms=(time.monotonic() - started) * 1e3)
+            return RecallResult(candidates, took_ms=(time.monotonic() - started) * 1e3, fingerprint=fingerprint)
 
         try:
             return await self._run(work, request.timeout_s)

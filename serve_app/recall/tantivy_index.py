@@ -1,5 +1,7 @@
 """The catalogue in a tantivy index on this machine's disk, memory-mapped."""
 
+import hashlib
+import json
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pydantic_core
 import tantivy
 
+from serve_app import __version__
 from serve_app.recall import analysis, manifest
 from serve_app.recall.errors import OpenError
 from serve_app.recall.manifest import BM25, DOCUMENTS
@@ -46,8 +49,13 @@ class TantivyIndex:
         ranked = sorted((-score, offset) for (score, _), offset in zip(hits, offsets, strict=True))
         return [self._candidate(-score, offset) for score, offset in ranked]
 
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
     def stats(self) -> dict[str, Any]:
         return {
+            "fingerprint": self._fingerprint,
             "documents": self._searcher.num_docs,
             "bytes": self._bytes,
             "segments": self._searcher.num_segments,
@@ -73,6 +81,14 @@ class TantivyIndex:
         index.reload()
         self._schema = index.schema
         self._searcher = index.searcher()
+        decides = [
+            self._manifest.build,
+            self._manifest.analysis,
+            self._boosts,
+            __version__,
+            tantivy.__version__,
+        ]
+        self._fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
         self._bytes = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
         if self._searcher.num_docs != self._manifest.documents:
             raise OpenError(

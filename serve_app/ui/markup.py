@@ -154,6 +154,7 @@ def stage_times(meta: Body) -> str:
         hits = stage.get("cache_hits") or 0
         pairs = f", {stage['pairs']} pairs" if stage.get("pairs") else ""
         pairs += f" ({hits} from the cache)" if hits else ""
+        pairs += " from the cache" if stage.get("cached") else ""
         legend.append(f'<li><span class="dot {tone}"></span>{escape(name)} {milliseconds(took)}{pairs}</li>')
     legend.append(f"<li>in all {milliseconds(float(meta['took_ms']))}</li>")
     return (

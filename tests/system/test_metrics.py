@@ -19,7 +19,8 @@ def test_every_metric_that_is_named_is_exported(system: System) -> None:
             assert client.post("/v1/rerank", json=body).status_code == 200
         # The same head before other documents.
         assert client.post("/v1/rerank", json={**body, "documents": ["a lamp", "a desk"]}).status_code == 200
-        assert client.post("/v1/search", json={"query": "desk lamp"}).status_code == 200
+        for _ in range(2):
+            assert client.post("/v1/search", json={"query": "desk lamp"}).status_code == 200
         # More than can be scored in time.
         late = {**body, "documents": [f"number {i} " * 100 for i in range(200)], "timeout_ms": 300}
         degraded = client.post("/v1/rerank", json=late).json()["meta"]["degraded"]

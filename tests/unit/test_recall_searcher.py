@@ -16,6 +16,8 @@ from serve_app.recall.searcher import Searcher
 class Slow:
     """A backend whose searches wait until they are released."""
 
+    fingerprint = "slow"
+
     def __init__(self) -> None:
         self.release = threading.Event()
         self.started: list[str] = []
