@@ -2,10 +2,11 @@
 
     python -m bench.chunks [--rounds N]
 
-Two replicas of one core each. Sizes of chunks take turns on calls of 200 short documents, one at a time and four
-at once, through the gateway's own code for handle calls. Then the same variant with Serve's own router beside it:
-long queries that each come three times with other documents, one call at a time; and one query that all of eight
-clients ask at once, whose replica is then the busier one.
+Two replicas of one core each, through the gateway's own code for handle calls. Sizes of chunks take turns on calls
+of 200 short documents and a tiny model, one at a time and four at once. Then 25M parameters, and the same variant
+with Serve's own router beside it: long queries that come again and again with other documents, at a third of what
+the replicas can do, where the heads of all queries fit into both caches together but not into one; and one query
+that eight clients ask at once, whose replica would be the busier one.
 """
 
 import argparse
@@ -36,6 +37,10 @@ AT_ONCE = {1: 5, 4: 8}
 _DOCUMENTS = 200
 # The prefix that a query's replica has: what a long question, a page or a function is searched by.
 _QUERY_WORDS = 300
+# 8,192 tokens of the 25M shape's keys and values. A call takes some 1,200, 450 of them its query's.
+_KV_CACHE_BYTES = 32 * 2**20
+# Queries, and calls a second in all, of which each takes a core 0.2 to 0.3 s.
+_QUERIES, _CALLS, _CALLS_PER_S = 10, 48, 3.0
 _ROUTERS = {"own": "the query's replica first", "serves": "Serve's two at random"}
 
 
@@ -53,114 +58,134 @@ def run(rounds: int) -> dict[str, Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
+    two = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}}
     with tempfile.TemporaryDirectory() as folder:
-        model = models.qwen3_without_weights(Path(folder) / "model", **SHAPES["tiny"])
-        args = {
-            "model": str(model),
-            "kind": "qwen3-reranker",
-            "engine": {"max_model_len": 1024, "load_format": "dummy"},
-        }
-        two = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}}
-        variants = [
-            reranker("own", args, **two),
-            {**reranker("serves", args, **two), "import_path": "bench.chunks:serves_router"},
-        ]
-        settings = {
-            "variants": {"own": {}, "serves": {}},
+
+        def arguments(shape: str, **engine: Any) -> dict[str, Any]:
+            model = models.qwen3_without_weights(Path(folder) / shape, **SHAPES[shape])
+            engine = {"max_model_len": 1024, "load_format": "dummy", **engine}
+            return {"model": str(model), "kind": "qwen3-reranker", "engine": engine}
+
+        tiny = arguments("tiny")
+        larger = arguments("25m", kv_cache_memory_bytes=_KV_CACHE_BYTES)
+        settings: dict[str, Any] = {
+            "variants": {"own": {}},
             "pipelines": {"rerank": {"stages": [{"variant": "own"}]}},
             "routes": {"default": {"weights": {"rerank": 100}}},
         }
+        with serving(System(config(settings, reranker("own", tiny, **two)))):
+            sizes = asyncio.run(_sizes(rounds))
+        variants = [
+            reranker("own", larger, **two),
+            {**reranker("serves", larger, **two), "import_path": "bench.chunks:serves_router"},
+        ]
+        settings["variants"]["serves"] = {}
         with serving(System(config(settings, *variants))):
-            return asyncio.run(_measure(rounds))
+            return {"sizes": sizes, "routers": asyncio.run(_routers(rounds))}
 
 
-async def _measure(rounds: int) -> dict[str, Any]:
-    rng, fleet = random.Random(3), Fleet()
+class _Caller:
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self._fleet = Fleet()
 
-    async def call(variant: str, query: str, documents: int, size: int) -> tuple[int, int]:
-        """Tokens, and those of them that were cached."""
-        request = ScoreRequest(query, [models.text(rng, 20) for _ in range(documents)])
-        parts = await fleet.score(variant, request, even_chunk(documents, size), 120.0)
-        return sum(part.tokens for part in parts), sum(part.cached_tokens for part in parts)
+    def words(self, n: int) -> str:
+        return models.text(self.rng, n)
 
-    async def clients(at_once: int, calls: int, one: Callable[[], Awaitable[Any]]) -> tuple[list[float], float]:
-        """Seconds of each call, and of all."""
-        took: list[float] = []
-
-        async def client() -> None:
-            for _ in range(calls):
-                began = time.monotonic()
-                await one()
-                took.append(time.monotonic() - began)
-
+    async def call(self, variant: str, query: str, documents: int, size: int = 64) -> tuple[float, int]:
+        """Seconds that it took, and tokens that were computed for it."""
         began = time.monotonic()
-        await asyncio.gather(*(client() for _ in range(at_once)))
-        return took, time.monotonic() - began
+        request = ScoreRequest(query, [self.words(20) for _ in range(documents)])
+        parts = await self._fleet.score(variant, request, even_chunk(documents, size), 120.0)
+        return time.monotonic() - began, sum(part.tokens - part.cached_tokens for part in parts)
 
-    for variant in _ROUTERS:
-        await clients(4, 2, lambda variant=variant: call(variant, models.text(rng, 5), 64, 16))  # type: ignore[misc]
+
+async def _clients(
+    at_once: int, calls: int, one: Callable[[], Awaitable[tuple[float, int]]]
+) -> tuple[list[float], float]:
+    """Seconds of each call, and of all."""
+    took: list[float] = []
+
+    async def client() -> None:
+        for _ in range(calls):
+            took.append((await one())[0])
+
+    began = time.monotonic()
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return took, time.monotonic() - began
+
+
+async def _sizes(rounds: int) -> dict[int, dict[int, dict[str, Spread]]]:
+    caller = _Caller(3)
+    await _clients(4, 2, lambda: caller.call("own", caller.words(5), 64, 16))
     rates: dict[tuple[int, int], list[float]] = {}
     p50s: dict[tuple[int, int], list[float]] = {}
-    again: dict[str, dict[str, list[float]]] = {name: {"ms": [], "computed": []} for name in _ROUTERS}
-    crowds: dict[str, list[float]] = {name: [] for name in _ROUTERS}
     for n in range(rounds):
         for at_once, calls in AT_ONCE.items():
             for size in SIZES[n % len(SIZES) :] + SIZES[: n % len(SIZES)]:
-                took, whole = await clients(
+                took, whole = await _clients(
                     at_once,
                     -(-calls // at_once),
-                    lambda size=size: call("own", models.text(rng, 5), _DOCUMENTS, size),  # type: ignore[misc]
+                    lambda size=size: caller.call("own", caller.words(5), _DOCUMENTS, size),  # type: ignore[misc]
                 )
                 rates.setdefault((at_once, size), []).append(len(took) * _DOCUMENTS / whole)
                 p50s.setdefault((at_once, size), []).append(percentile(took, 0.5) * 1e3)
-        for variant in _ROUTERS if n % 2 else reversed(_ROUTERS):
-            tokens, later = [], []
-            for _ in range(6):
-                query = models.text(rng, _QUERY_WORDS)
-                for time_ in range(3):
-                    began = time.monotonic()
-                    all_tokens, cached = await call(variant, query, 8, 64)
-                    if time_:
-                        later.append(time.monotonic() - began)
-                        tokens.append(all_tokens - cached)
-            again[variant]["ms"].append(percentile(later, 0.5) * 1e3)
-            again[variant]["computed"].append(sum(tokens) / len(tokens))
-        for variant in _ROUTERS if n % 2 else reversed(_ROUTERS):
-            query = models.text(rng, _QUERY_WORDS)
-            took, whole = await clients(8, 3, lambda variant=variant, query=query: call(variant, query, 32, 64))  # type: ignore[misc]
-            crowds[variant].append(len(took) * 32 / whole)
     sizes = {
         at_once: {
-            size: {"pairs_per_s": Spread.of(rates[at_once, size]), "p50_ms": Spread.of(p50s[at_once, size])}
+            size: {"p50_ms": Spread.of(p50s[at_once, size]), "pairs_per_s": Spread.of(rates[at_once, size])}
             for size in SIZES
         }
         for at_once in AT_ONCE
     }
     show(
         f"Calls of {_DOCUMENTS} documents on two replicas, by pairs_per_call",
-        [
-            "pairs_per_call",
-            *(f"{what}, {n} at once" for n in AT_ONCE for what in ("p50 ms", "pairs/s")),
-        ],
-        [
-            [str(size), *(sizes[n][size][what].text() for n in AT_ONCE for what in ("p50_ms", "pairs_per_s"))]
-            for size in SIZES
-        ],
+        ["pairs_per_call", *(f"{what}, {n} at once" for n in AT_ONCE for what in ("p50 ms", "pairs/s"))],
+        [[str(size), *(spread.text() for n in AT_ONCE for spread in sizes[n][size].values())] for size in SIZES],
     )
-    routers = {
-        name: {
-            "again_p50_ms": Spread.of(again[name]["ms"]),
-            "again_tokens_computed": Spread.of(again[name]["computed"]),
-            "crowd_pairs_per_s": Spread.of(crowds[name]),
-        }
-        for name in _ROUTERS
+    return sizes
+
+
+async def _routers(rounds: int) -> dict[str, dict[str, Spread]]:
+    caller = _Caller(5)
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"again_p50_ms": [], "again_tokens": [], "crowd_pairs_per_s": []} for name in _ROUTERS
     }
+    for variant in _ROUTERS:
+        await _clients(4, 2, lambda variant=variant: caller.call(variant, caller.words(5), 16))  # type: ignore[misc]
+    for n in range(rounds):
+        in_turn = list(_ROUTERS) if n % 2 else list(reversed(_ROUTERS))
+        queries = [caller.words(_QUERY_WORDS) for _ in range(_QUERIES)]
+        # The same calls at the same times for both.
+        asked = [(caller.rng.expovariate(_CALLS_PER_S), caller.rng.choice(queries)) for _ in range(_CALLS)]
+        for variant in in_turn:
+            again = await _arriving(caller, variant, asked)
+            found[variant]["again_p50_ms"].append(percentile([took for took, _ in again], 0.5) * 1e3)
+            found[variant]["again_tokens"].append(sum(tokens for _, tokens in again) / len(again))
+        query = caller.words(_QUERY_WORDS)
+        for variant in in_turn:
+            took, whole = await _clients(8, 2, lambda variant=variant, query=query: caller.call(variant, query, 8))  # type: ignore[misc]
+            found[variant]["crowd_pairs_per_s"].append(len(took) * 8 / whole)
+    routers = {name: {what: Spread.of(values) for what, values in of.items()} for name, of in found.items()}
     show(
-        "Routers: the second and third call of a long query, and eight clients with one query",
+        "Routers: long queries that come again, and eight clients with one query",
         ["", "p50 ms, again", "tokens computed, again", "pairs/s, eight clients"],
-        [[_ROUTERS[name], *(spread.text(4) for spread in found.values())] for name, found in routers.items()],
+        [[_ROUTERS[name], *(spread.text(4) for spread in of.values())] for name, of in routers.items()],
     )
-    return {"sizes": sizes, "routers": routers}
+    return routers
+
+
+async def _arriving(caller: _Caller, variant: str, asked: list[tuple[float, str]]) -> list[tuple[float, int]]:
+    """Seconds and tokens of the calls whose query had come before."""
+    calls: list[asyncio.Task[tuple[float, int]]] = []
+    seen: set[str] = set()
+    again: list[bool] = []
+    for pause_s, query in asked:
+        await asyncio.sleep(pause_s)
+        calls.append(asyncio.create_task(caller.call(variant, query, 8)))
+        again.append(query in seen)
+        seen.add(query)
+    answers = await asyncio.gather(*calls)
+    return [answer for answer, was_seen in zip(answers, again, strict=True) if was_seen]
 
 
 def main() -> int:
