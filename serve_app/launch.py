@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,22 +168,21 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
 
 
 def _await_running(names: list[str]) -> None:
-    from ray import serve
-    from ray.serve.schema import ApplicationStatus
+    from serve_app.status import applications
 
     said: dict[str, str] = {}
     give_up_at = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < give_up_at:
-        applications = serve.status().applications
+        found = applications()
         for name in names:
-            application = applications.get(name)
-            status = application.status if application else ApplicationStatus.NOT_STARTED
-            if said.get(name) != status.value:
-                said[name] = status.value
-                _say(f"{name}: {status.value}")
-            if application and status is ApplicationStatus.DEPLOY_FAILED:
-                raise LaunchError(f"{name} did not start: {_failure(application)}\nlogs: {_logs()}")
-        if all(said[name] == ApplicationStatus.RUNNING.value for name in names):
+            application = found.get(name)
+            status = application.status if application else "NOT_STARTED"
+            if said.get(name) != status:
+                said[name] = status
+                _say(f"{name}: {status}")
+            if application and status == "DEPLOY_FAILED":
+                raise LaunchError(f"{name} did not start: {_failure(application.messages)}\nlogs: {_logs()}")
+        if all(said[name] == "RUNNING" for name in names):
             return
         time.sleep(0.5)
     waiting = ", ".join(f"{name} is {status}" for name, status in said.items() if status != "RUNNING")
@@ -199,9 +198,8 @@ def _await_end_of_ray() -> None:
             raise LaunchError(f"Ray ended by itself (process {gone[0].pid}); see {_logs()}")
 
 
-def _failure(application: Any) -> str:
+def _failure(messages: Sequence[str]) -> str:
     """The line that says what went wrong: the last of the traceback that Serve's message carries."""
-    messages = [application.message, *(d.message for d in application.deployments.values())]
     for message in messages:
         lines = [line for line in message.splitlines() if line and not line[0].isspace()]
         errors = [line for line in lines if "Error: " in line or "Exception: " in line]

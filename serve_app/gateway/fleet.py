@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from serve_app.gateway.fingerprints import Fingerprints
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.recall.messages import RecallRequest, RecallResult
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
+from serve_app.status import AppStatus, applications
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,16 +38,6 @@ _TOLD_BY = {"Reranker": "info", "Recall": "stats"}
 _RECALL_ASKED_EVERY_S = 10.0
 # One that is asked for its fingerprint and answers later than this is asked again.
 _INFO_TIMEOUT_S = 2.0
-
-
-@dataclass(slots=True)
-class AppStatus:
-    """What Serve says of an application: its status word, the replicas that run by deployment, and when it was
-    deployed last, in seconds since the epoch."""
-
-    status: str
-    running: dict[str, int] = field(default_factory=dict)
-    deployed_at_s: float = 0.0
 
 
 class Fleet:
@@ -219,7 +210,7 @@ class Fleet:
     async def _watch(self) -> None:
         while True:
             try:
-                self.apps = await asyncio.to_thread(_read_status)
+                self.apps = await asyncio.to_thread(applications)
             except Exception as error:
                 # The controller may be restarting; what was known stays in force.
                 logger.warning("Serve's status could not be read: %s", error)
@@ -252,20 +243,6 @@ class Fleet:
             async with asyncio.timeout(_INFO_TIMEOUT_S):
                 told = await self._call(app, deployment, _TOLD_BY[deployment])
             self.fingerprints.heard(app, told.get("fingerprint", ""), asked_at)
-
-
-def _read_status() -> dict[str, AppStatus]:
-    return {
-        name: AppStatus(
-            app.status.value,
-            {
-                deployment: status.replica_states.get("RUNNING", 0)
-                for deployment, status in app.deployments.items()
-            },
-            app.last_deployed_time_s,
-        )
-        for name, app in serve.status().applications.items()
-    }
 
 
 async def all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

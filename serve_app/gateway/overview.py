@@ -17,7 +17,8 @@ import httpx
 import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
-from ray.serve.context import _get_global_client
+
+from serve_app.status import details, word
 
 logger = logging.getLogger("ray.serve")
 
@@ -181,7 +182,7 @@ def _application(name: str, app: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kinds[0] if kinds else "other",
-        "status": _word(app["status"]),
+        "status": word(app["status"]),
         "deployments": [
             _deployment(deployment, found)
             for deployment, found in app["deployments"].items()
@@ -192,11 +193,11 @@ def _application(name: str, app: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deployment(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    states = Counter(_word(replica["state"]) for replica in found["replicas"])
+    states = Counter(word(replica["state"]) for replica in found["replicas"])
     needs = found.get("required_resources") or {}
     return {
         "name": name,
-        "status": _word(found["status"]),
+        "status": word(found["status"]),
         "running": states["RUNNING"],
         "target": found["target_num_replicas"],
         "states": dict(states),
@@ -262,11 +263,6 @@ def parse(lines: Iterable[bytes]) -> list[Sample]:
     return samples
 
 
-def _word(value: Any) -> str:
-    """Of Serve's enums, or of what they were turned into."""
-    return str(getattr(value, "value", value))
-
-
 # ---- what is asked
 
 
@@ -282,7 +278,7 @@ def _look() -> tuple[dict[str, Any], list[Node]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return _get_global_client().get_serve_details(), nodes
+    return details(), nodes
 
 
 async def _scrape(nodes: Sequence[Node]) -> list[Sample] | None:

@@ -18,6 +18,7 @@ from serve_app.rollout.machine import Action
 from serve_app.rollout.messages import News, Reply, Splits
 from serve_app.rollout.metrics import report_rollouts
 from serve_app.rollout.store import Event, open_store
+from serve_app.status import applications
 
 logger = logging.getLogger("ray.serve")
 
@@ -100,14 +101,8 @@ class Rollout:
 
 
 def _without_replica(variants: Sequence[str]) -> list[str]:
-    applications = serve.status().applications
-    waiting = []
-    for variant in variants:
-        found = applications.get(variant)
-        deployment = found.deployments.get("Reranker") if found else None
-        if deployment is None or not deployment.replica_states.get("RUNNING", 0):
-            waiting.append(variant)
-    return waiting
+    found = applications()
+    return [name for name in variants if name not in found or not found[name].running.get("Reranker", 0)]
 
 
 def _events_log(path: str) -> logging.handlers.RotatingFileHandler:

@@ -16,6 +16,7 @@ import yaml
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
+from serve_app.status import applications
 from tests import models
 from tests.otlp import Receiver
 
@@ -70,9 +71,7 @@ class System:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
     def statuses(self) -> dict[str, str]:
-        from ray import serve
-
-        return {name: app.status.value for name, app in serve.status().applications.items()}
+        return {name: app.status for name, app in applications().items()}
 
     def wait_running(self) -> None:
         """Until every application of the config runs and the gateway says it is ready."""
@@ -108,10 +107,8 @@ class System:
 
 
 def describe_failures(names: set[str]) -> str:
-    from ray import serve
-
-    applications = serve.status().applications
-    return "\n".join(f"{name}: {applications[name].message}" for name in names if name in applications)
+    found = applications()
+    return "\n".join(f"{name}: {found[name].messages[0]}" for name in names if name in found)
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from serve_app.config import Cache, GatewaySettings
 from serve_app.gateway.cache import ScoreTable, pair_names
 from serve_app.gateway.fingerprints import Fingerprints
-from serve_app.gateway.fleet import AppStatus, Fleet
+from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.gateway.scoring import Scoring
 from serve_app.reranker.messages import EngineError, PromptTooLongError, ScoreRequest, ScoreResult
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.messages import Splits
 from serve_app.rollout.split import Split
+from serve_app.status import AppStatus
 from tests.unit.gateway_double import SETTINGS, Gateway
 
 MIB = 2**20

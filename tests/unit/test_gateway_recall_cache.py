@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from serve_app.config import Cache
 from serve_app.gateway.fingerprints import Fingerprints
-from serve_app.gateway.fleet import AppStatus, Fleet
+from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.gateway.recalling import CandidateCache, Recalled, Recalling
 from serve_app.recall.messages import Candidate, RecallRequest, RecallResult
+from serve_app.status import AppStatus
 from tests.unit.gateway_double import Gateway
 
 KIB = 1024
