@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -179,6 +181,17 @@ def _cards(args: RerankerArgs, gpus: float) -> list[Card]:
     return cards
 
 
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Imports make millions of objects that stay; looking for garbage among them is a tenth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_no_collections()
 def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
     built_for = device()
     card_bytes = min((card.total_bytes for card in cards), default=None)
