@@ -6,6 +6,7 @@ python -m bench [--rounds N] [NAME ...]
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,15 +36,24 @@ def main() -> int:
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
     print(json.dumps(machine(), indent=2), flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     began, failed = time.monotonic(), []
     for name in arguments.names or BENCHMARKS:
         question, options = BENCHMARKS[name]
         started = time.monotonic()
         print(f"\n== {name}: {question}", flush=True)
-        # A process each: engines and Ray read their environment once.
-        done = subprocess.run([sys.executable, "-m", f"bench.{name}", *options], cwd=ROOT)
+        # A process each: engines and Ray read their environment once. What they log would bury the tables.
+        log = RESULTS / f"{name}.log"
+        with log.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", f"bench.{name}", *options],
+                cwd=ROOT,
+                env={**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+                stderr=file,
+            )
         if done.returncode:
             failed.append(name)
+            print("".join(log.read_text().splitlines(keepends=True)[-20:]) + f"the whole log: {log}")
         print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
     for path in draw(RESULTS):
         print(path)
