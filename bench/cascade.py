@@ -21,7 +21,9 @@ from bench.common import percentile, save, show
 from bench.fleet import HEADERS, catalogue, config, fleet
 
 ROOT = Path(__file__).parents[1]
-DATASET = ROOT.parent / "shared" / "data" / "cranfield"
+# Of real documents where it is there, else the example catalogue with its judged queries.
+CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
+EXAMPLES = ROOT / "examples"
 _RECALL_K, _KEEP, _FIRST_TOKENS = 100, 30, 32
 _FUSION = {"method": "minmax", "recall_weight": 0.3}
 PIPELINES: dict[str, dict[str, Any]] = {
@@ -43,20 +45,16 @@ PIPELINES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(dataset: Path, queries: int) -> dict[str, Any] | None:
-    """None where the collection isn't there."""
+def run(dataset: Path, queries: int) -> dict[str, Any]:
     from serve_app.evaluation.dataset import read_dataset
     from serve_app.evaluation.metrics import means, quality
     from serve_app.recall.builder import build_index
     from tests.system.conftest import MINILM, reranker
 
-    if not dataset.is_dir():
-        print(f"{dataset} is not there; --dataset names a folder in the BEIR layout")
-        return None
     data = read_dataset(dataset, queries)
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
-        build_index(dataset, index)
+        build_index(EXAMPLES / "catalog.jsonl" if dataset == EXAMPLES else dataset, index)
         settings = {
             "recall": "catalogue",
             "variants": {"minilm": {"pairs_per_call": 64}},
@@ -110,13 +108,10 @@ def run(dataset: Path, queries: int) -> dict[str, Any] | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What a cascade costs and what it loses.")
-    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--dataset", type=Path, default=CRANFIELD if CRANFIELD.is_dir() else EXAMPLES)
     parser.add_argument("--queries", type=int, default=225)
     arguments = parser.parse_args()
-    result = run(arguments.dataset, arguments.queries)
-    if result is None:
-        return 1
-    print(save("cascade", result))
+    print(save("cascade", run(arguments.dataset, arguments.queries)))
     return 0
 
 

@@ -12,6 +12,10 @@ def draw(results: Path) -> Iterator[Path]:
         "peers": _peers,
         "engine": _engine,
         "gateway": _gateway,
+        "cache": _cache,
+        "chunks": _chunks,
+        "startup": _startup,
+        "cascade": _cascade,
     }
     for name, figures in charts.items():
         source = results / f"{name}.json"
@@ -45,6 +49,36 @@ def _gateway(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
     yield "Latency over a no-op reranker", "ms, p50", {name: {"p50": f["p50_ms"]} for name, f in fleets.items()}
     rates = {name: {"16 clients": figures["calls_per_s"]} for name, figures in fleets.items()}
     yield "Calls over a no-op reranker", "calls a second", rates
+
+
+def _cache(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
+    yield "Calls that were made before", "ms, p50", {name: {"p50": ms} for name, ms in result["p50_ms"].items()}
+
+
+def _chunks(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
+    by_size: dict[str, dict[str, Any]] = {}
+    for at_once, sizes in result["sizes"].items():
+        for size, found in sizes.items():
+            by_size.setdefault(f"{size} pairs", {})[f"{at_once} at once"] = found["p50_ms"]
+    yield "Calls of 200 documents by size of chunk", "ms, p50", by_size
+    tokens = {name: {"tokens": found["again_tokens"]} for name, found in result["routers"].items()}
+    yield "A query that comes again, by router", "tokens computed a call", tokens
+
+
+def _startup(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
+    started = {name: phases for name, phases in result.items() if name != "machine"}
+    yield "Starting a replica", "seconds", started
+
+
+def _cascade(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
+    def once(value: float) -> dict[str, float]:
+        return {"median": value, "low": value, "high": value}
+
+    pipelines = result["pipelines"]
+    quality = {name: {"nDCG@10": once(found["ndcg@10"])} for name, found in pipelines.items()}
+    yield f"Pipelines on {result['dataset']}", "nDCG@10", quality
+    cost = {name: {"tokens": once(found["tokens_per_query"])} for name, found in pipelines.items()}
+    yield f"What pipelines cost on {result['dataset']}", "tokens a query", cost
 
 
 def _bars(path: Path, title: str, unit: str, groups: Groups) -> None:
