@@ -1,5 +1,6 @@
 """Names of the environment variables that hold keys and passwords, and what is made of them."""
 
+import ipaddress
 import os
 
 # The gateway's: whom it lets in.
@@ -25,3 +26,26 @@ def bearer(variable: str) -> dict[str, str]:
 
 def redis_password() -> str | None:
     return os.environ.get(REDIS_PASSWORD) or None
+
+
+def refuse_strangers(host: str | None) -> None:
+    """For a gateway without keys on Serve's `host` (None: all interfaces). Raises ValueError where other machines
+    can reach it."""
+    # Behind HAProxy every gateway replica also has a port of its own, on all interfaces.
+    everywhere = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    if everywhere or not _is_loopback(host):
+        where = "a port of its own behind HAProxy" if everywhere else host or "0.0.0.0"
+        raise ValueError(
+            f"the gateway listens on {where}, where other machines reach it, and has no API keys; set "
+            f"{API_KEYS_FILE} or {API_KEYS} in its environment (serve-app key NAME makes a key), or say "
+            "args: {without_keys: true} in the gateway's application"
+        )
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "0.0.0.0").is_loopback
+    except ValueError:
+        return False

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE
+from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, refuse_strangers
 from serve_app.configfile import ConfigFile
 
 # Engines of the largest models read their weights from a network disk.
@@ -34,7 +34,8 @@ _DEFAULT_CPUS = {
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.
 ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1"}
-# HAProxy listens on all interfaces, whatever the config says: only where keys, or the config, let strangers come.
+# Behind HAProxy gateways listen on all interfaces, whatever the config says: only where keys, or the config, let
+# strangers come.
 FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -60,6 +61,12 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     if port is not None:
         raw["http_options"] = {**raw.get("http_options", {}), "port": port}
     host, port = config.host, port or config.port
+    if config.gateways and not _is_open(config):
+        # The gateway itself refuses to start, half a minute later.
+        try:
+            refuse_strangers(host)
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
     _refuse_taken(host, port)
     _refuse_missing_indexes(config)
     _adopt_orphans()

@@ -2,9 +2,7 @@
 
 import asyncio
 import gc
-import ipaddress
 import logging
-import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +10,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from serve_app import tracing
-from serve_app.access import API_KEYS, API_KEYS_FILE
+from serve_app.access import refuse_strangers
 from serve_app.config import GatewayArgs
 from serve_app.gateway.app import create_app
 from serve_app.gateway.cors import allow_origins
@@ -49,7 +47,7 @@ class Gateway:
         self._args = args
         write_soon()
         if not self.service.keys.known and not args.without_keys:
-            _refuse_strangers()
+            refuse_strangers(_get_global_client().http_config.host)
         self._refreshing: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -82,25 +80,3 @@ async def _refresh(service: Service, gauges: Gauges) -> None:
                 logger.error("the API keys stay as they were: %s", keys.problem)
             else:
                 logger.info(f"API keys now: {', '.join(key.name for key in keys.known)}")
-
-
-def _refuse_strangers() -> None:
-    """Raises ValueError where other machines can reach the gateway."""
-    # HAProxy listens on all interfaces, whatever the config says.
-    everywhere = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    host = "0.0.0.0" if everywhere else _get_global_client().http_config.host
-    if not is_loopback(host):
-        raise ValueError(
-            f"the gateway listens on {host}, where other machines reach it, and has no API keys; set "
-            f"{API_KEYS_FILE} or {API_KEYS} in its environment (serve-app key NAME makes a key), or say "
-            "args: {without_keys: true} in the gateway's application"
-        )
-
-
-def is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "0.0.0.0").is_loopback
-    except ValueError:
-        return False

@@ -13,6 +13,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+import yaml
 
 from tests.commands.test_make import ROOT, Serving, interrupt, serve_app
 
@@ -30,22 +31,56 @@ BODIES = {
 GRPC_METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerService/PushTask")
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_a_gateway_in_reach_of_others_does_not_start_without_keys(tmp_path: Path, fast: bool) -> None:
+HAPROXY = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
+REFUSED = ("has no API keys", "SERVE_APP_API_KEYS_FILE", "without_keys: true")
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "where"),
+    [("0.0.0.0", {}, "listens on 0.0.0.0"), ("127.0.0.1", HAPROXY, "listens on a port of its own behind HAProxy")],
+)
+def test_a_gateway_in_reach_of_others_does_not_start_without_keys(
+    tmp_path: Path, host: str, flags: dict[str, str], where: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "configs/local.yaml").read_text().replace("host: 127.0.0.1", f"host: {host}"))
+    answer = serve_app("up", config, env={**os.environ, **flags})
+    assert answer.returncode == 1
+    assert "starting Ray" not in answer.stderr
+    for text in (where, *REFUSED):
+        assert text in answer.stderr
+
+
+def test_the_gateway_itself_refuses_too_however_it_is_deployed(tmp_path: Path) -> None:
     # HAProxy's own ports are the same for all systems of a machine, so this comes before the one below starts.
-    config, index = tmp_path / "config.yaml", tmp_path / "index"
-    # `make serve` has not built its own yet.
-    assert serve_app("index", "build", "--input", "examples/catalog.jsonl", "--index", index).returncode == 0
-    local = (ROOT / "configs/local.yaml").read_text().replace(".run/index/catalog", str(index))
-    config.write_text(local.replace("host: 127.0.0.1", "host: 0.0.0.0"))
-    flags = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"} if fast else {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    answer = serve_app("up", config, "--port", port, env={**os.environ, **flags})
-    assert answer.returncode == 1
-    for text in ("listens on 0.0.0.0", "has no API keys", "SERVE_APP_API_KEYS_FILE", "without_keys: true"):
-        assert text in answer.stderr
+    settings = {"pipelines": {"bm25": {}}, "routes": {"default": {"weights": {"bm25": 100}}}}
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "gateway",
+                "import_path": "serve_app.gateway:build",
+                "route_prefix": "/",
+                "deployments": [{"name": "Gateway", "user_config": settings, "max_constructor_retry_count": 1}],
+            }
+        ],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [str(ROOT / ".venv/bin/serve"), "run", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **HAPROXY, "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode != 0
+    for text in ("listens on a port of its own behind HAProxy", *REFUSED):
+        assert text in done.stdout + done.stderr
 
 
 class Guarded(Serving):
