@@ -64,7 +64,7 @@ def test_the_gateway_itself_refuses_too_however_it_is_deployed(tmp_path: Path) -
                 "name": "gateway",
                 "import_path": "serve_app.gateway:build",
                 "route_prefix": "/",
-                "deployments": [{"name": "Gateway", "user_config": settings, "max_constructor_retry_count": 1}],
+                "deployments": [{"name": "Gateway", "user_config": settings}],
             }
         ],
     }
