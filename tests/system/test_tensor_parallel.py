@@ -1,14 +1,16 @@
-"""Scores over two workers equal those of one, in-process. On the CPU, where the head is divided as over GPUs."""
+"""Scores over two workers equal those of a variant with one; on the CPU, where the head is divided as on GPUs."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import models
+from serve_app.reranker.messages import ScoreRequest, ScoreResult
+from tests.models import SENTENCES
 
 SCORE = """
 import asyncio, json, sys
@@ -24,11 +26,10 @@ def main():
     from serve_app.reranker.share import check_head_rows
     from tests.models import SENTENCES
 
-    ranks = int(sys.argv[2])
-    engine = {"max_model_len": 1024, "dtype": "float32", "tensor_parallel_size": ranks}
+    engine = {"max_model_len": 1024, "dtype": "float32", "tensor_parallel_size": 2}
     args = RerankerArgs(model=sys.argv[1], kind="qwen3-reranker", engine=engine)
     model = resolve(args)
-    check_head_rows(args, model, ranks)
+    check_head_rows(args, model, 2)
     running = start(engine_settings(args, model, "cpu", 0), "classify")
     built = _prompts(args, model, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
     pooled = asyncio.run(running.pool(built.prompts))
@@ -40,17 +41,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.tiny_qwen3(tmp_path_factory.mktemp("models") / "qwen")
-
-
-def logits(tmp_path: Path, model: Path, ranks: int) -> list[float]:
+def logits_of_two_workers(tmp_path: Path, model: Path) -> list[float]:
     script = tmp_path / "score.py"
     script.write_text(SCORE)
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, str(script), str(model), str(ranks)],
+        [sys.executable, str(script), str(model)],
         capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -59,8 +55,11 @@ def logits(tmp_path: Path, model: Path, ranks: int) -> list[float]:
     return read
 
 
-def test_two_workers_score_as_one(tmp_path: Path, qwen: Path) -> None:
-    one, two = (logits(tmp_path, qwen, ranks) for ranks in (1, 2))
+def test_two_workers_score_as_one(
+    tmp_path: Path, model_dir: Callable[[str], Path], score: Callable[[str, ScoreRequest], ScoreResult]
+) -> None:
+    one = score("qwen-f32", ScoreRequest("wireless headphones", SENTENCES)).logits
+    two = logits_of_two_workers(tmp_path, model_dir("qwen"))
     worst = max(abs(a - b) for a, b in zip(one, two, strict=True))
     print(f"\n{len(one)} pairs: largest logit difference {worst:.1e}")
     assert max(one) - min(one) > 2
