@@ -2,11 +2,11 @@
 
     python -m bench.chunks [--rounds N]
 
-Two replicas of one core each, through the gateway's own code for handle calls. Sizes of chunks take turns on calls
-of 200 short documents and a tiny model, one at a time and four at once. Then 25M parameters, and the same variant
-with Serve's own router beside it: long queries that come again and again with other documents, at a third of what
-the replicas can do, where the heads of all queries fit into both caches together but not into one; and one query
-that eight clients ask at once, whose replica would be the busier one.
+Two replicas of one core each, a tiny model, through the gateway's own code for handle calls. Sizes of chunks take
+turns on calls of 200 short documents, one at a time and four at once. Then a variant beside the same one with Serve's
+own router: long queries that come again and again with other documents, at a sixth of what the replicas can do, where
+the heads of all queries fit into both prefix caches together but not into one; and one query that eight clients ask at
+once, whose replica would be the busier one.
 """
 
 import argparse
@@ -37,10 +37,10 @@ AT_ONCE = {1: 5, 4: 8}
 _DOCUMENTS = 200
 # The prefix that a query's replica has: what a long question, a page or a function is searched by.
 _QUERY_WORDS = 300
-# 8,192 tokens of the 25M shape's keys and values. A call takes some 1,200, 450 of them its query's.
-_KV_CACHE_BYTES = 32 * 2**20
-# Queries, and calls a second in all, of which each takes a core 0.2 to 0.3 s.
-_QUERIES, _CALLS, _CALLS_PER_S = 10, 48, 3.0
+# Tokens of keys and values, 256 bytes each in the tiny model.
+_KV_CACHE_BYTES = 12_288 * 256
+# Together 450 tokens of head each, so 13,500; and calls of eight documents a second, of which each takes a core 25 ms.
+_QUERIES, _CALLS, _CALLS_PER_S = 30, 90, 12.0
 _ROUTERS = {"own": "the query's replica first", "serves": "Serve's two at random"}
 
 
@@ -60,28 +60,25 @@ def run(rounds: int) -> dict[str, Any]:
     )
     two = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}}
     with tempfile.TemporaryDirectory() as folder:
+        model = models.qwen3_without_weights(Path(folder) / "model", **SHAPES["tiny"])
 
-        def arguments(shape: str, **engine: Any) -> dict[str, Any]:
-            model = models.qwen3_without_weights(Path(folder) / shape, **SHAPES[shape])
+        def arguments(**engine: Any) -> dict[str, Any]:
             engine = {"max_model_len": 1024, "load_format": "dummy", **engine}
             return {"model": str(model), "kind": "qwen3-reranker", "engine": engine}
 
-        tiny = arguments("tiny")
-        larger = arguments("25m", kv_cache_memory_bytes=_KV_CACHE_BYTES)
-        settings: dict[str, Any] = {
-            "variants": {"own": {}},
+        small_cache = arguments(kv_cache_memory_bytes=_KV_CACHE_BYTES)
+        variants = [
+            reranker("large-cache", arguments(), **two),
+            reranker("own", small_cache, **two),
+            {**reranker("serves", small_cache, **two), "import_path": "bench.chunks:serves_router"},
+        ]
+        settings = {
+            "variants": {variant["name"]: {} for variant in variants},
             "pipelines": {"rerank": {"stages": [{"variant": "own"}]}},
             "routes": {"default": {"weights": {"rerank": 100}}},
         }
-        with serving(System(config(settings, reranker("own", tiny, **two)))):
-            sizes = asyncio.run(_sizes(rounds))
-        variants = [
-            reranker("own", larger, **two),
-            {**reranker("serves", larger, **two), "import_path": "bench.chunks:serves_router"},
-        ]
-        settings["variants"]["serves"] = {}
         with serving(System(config(settings, *variants))):
-            return {"sizes": sizes, "routers": asyncio.run(_routers(rounds))}
+            return {"sizes": asyncio.run(_sizes(rounds)), "routers": asyncio.run(_routers(rounds))}
 
 
 class _Caller:
@@ -117,7 +114,7 @@ async def _clients(
 
 async def _sizes(rounds: int) -> dict[int, dict[int, dict[str, Spread]]]:
     caller = _Caller(3)
-    await _clients(4, 2, lambda: caller.call("own", caller.words(5), 64, 16))
+    await _clients(4, 2, lambda: caller.call("large-cache", caller.words(5), 64, 16))
     rates: dict[tuple[int, int], list[float]] = {}
     p50s: dict[tuple[int, int], list[float]] = {}
     for n in range(rounds):
@@ -126,7 +123,7 @@ async def _sizes(rounds: int) -> dict[int, dict[int, dict[str, Spread]]]:
                 took, whole = await _clients(
                     at_once,
                     -(-calls // at_once),
-                    lambda size=size: caller.call("own", caller.words(5), _DOCUMENTS, size),  # type: ignore[misc]
+                    lambda size=size: caller.call("large-cache", caller.words(5), _DOCUMENTS, size),  # type: ignore[misc]
                 )
                 rates.setdefault((at_once, size), []).append(len(took) * _DOCUMENTS / whole)
                 p50s.setdefault((at_once, size), []).append(percentile(took, 0.5) * 1e3)
@@ -163,8 +160,10 @@ async def _routers(rounds: int) -> dict[str, dict[str, Spread]]:
             found[variant]["again_tokens"].append(sum(tokens for _, tokens in again) / len(again))
         query = caller.words(_QUERY_WORDS)
         for variant in in_turn:
-            took, whole = await _clients(8, 2, lambda variant=variant, query=query: caller.call(variant, query, 8))  # type: ignore[misc]
-            found[variant]["crowd_pairs_per_s"].append(len(took) * 8 / whole)
+            took, whole = await _clients(
+                8, 2, lambda variant=variant, query=query: caller.call(variant, query, 32)
+            )  # type: ignore[misc]
+            found[variant]["crowd_pairs_per_s"].append(len(took) * 32 / whole)
     routers = {name: {what: Spread.of(values) for what, values in of.items()} for name, of in found.items()}
     show(
         "Routers: long queries that come again, and eight clients with one query",

@@ -33,7 +33,7 @@ _DEFAULT_CPUS = {
 }
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.
-ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1"}
+ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
 # Behind HAProxy gateways listen on all interfaces, whatever the config says: only where keys, or the config, let
 # strangers come.
 FAST = {
@@ -168,7 +168,12 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
     schema = ServeDeploySchema.model_validate(raw)
     http = schema.http_options.model_dump()
     grpc = schema.grpc_options.model_dump()
-    serve.start(proxy_location=schema.proxy_location, http_options=http, grpc_options=grpc)
+    try:
+        serve.start(proxy_location=schema.proxy_location, http_options=http, grpc_options=grpc)
+    except ray.exceptions.RayError as error:
+        raise LaunchError(
+            f"Serve's HTTP proxy did not start: {str(error).splitlines()[0]}\nlogs: {_logs()}"
+        ) from None
     # What `serve run FILE` does; Serve has no public call for a config file.
     _get_global_client().deploy_apps(schema, _blocking=False)
     _await_running([application.name for application in schema.applications])

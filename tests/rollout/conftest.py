@@ -15,7 +15,6 @@ import httpx
 import pytest
 
 from serve_app.access import ADMIN_KEY
-from serve_app.launch import ENVIRONMENT
 from tests.system.conftest import (
     ROOT,
     System,
@@ -223,7 +222,6 @@ def fleet(
     catalog_index: Path,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RolloutSystem]:
-    os.environ.update(ENVIRONMENT)
     os.environ[ADMIN_KEY] = KEY
     # Replicas import the scorers.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

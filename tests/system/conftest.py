@@ -15,6 +15,7 @@ import yaml
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from serve_app.launch import ENVIRONMENT
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
 from serve_app.status import applications
 from tests import models
@@ -202,6 +203,7 @@ S = TypeVar("S", bound=System)
 @contextlib.contextmanager
 def serving(system: S) -> Iterator[S]:
     """Ray and Serve of this process's own, with the system's config running; no process of theirs stays behind."""
+    os.environ.update(ENVIRONMENT)
     import ray
     from ray import serve
 

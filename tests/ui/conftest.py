@@ -13,7 +13,6 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve_app.access import ADMIN_KEY, API_KEYS
-from serve_app.launch import ENVIRONMENT
 from tests.rollout.conftest import scorer, variant
 from tests.system.conftest import (
     MINILM,
@@ -73,7 +72,6 @@ def fleet(
     catalog_index: Path,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
-    os.environ.update(ENVIRONMENT)
     os.environ |= {API_KEYS: f"page:{KEY}", ADMIN_KEY: ADMIN}
     # Replicas import the scorers.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
