@@ -3,10 +3,10 @@
     python -m bench.chunks [--rounds N]
 
 Two replicas of one core each, a tiny model, through the gateway's own code for handle calls. Sizes of chunks take
-turns on calls of 200 short documents, one at a time and four at once. Then a variant beside the same one with Serve's
-own router: long queries that come again and again with other documents, at a sixth of what the replicas can do, where
-the heads of all queries fit into both prefix caches together but not into one; and one query that eight clients ask at
-once, whose replica would be the busier one.
+turns on calls of 200 short documents, one at a time and four at once. Then a variant beside the same one with
+Serve's own router: long queries that come again and again with other documents, at a sixth of what the replicas
+can do, where the heads of all queries fit into both prefix caches together but not into one; and one query that
+eight clients ask at once, whose replica would be the busier one.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _DOCUMENTS = 200
 _QUERY_WORDS = 300
 # Tokens of keys and values, 256 bytes each in the tiny model.
 _KV_CACHE_BYTES = 12_288 * 256
-# Together 450 tokens of head each, so 13,500; and calls of eight documents a second, of which each takes a core 25 ms.
+# Their heads have 450 tokens each, 13,500 in all. Calls of eight documents, each of which takes a core 25 ms.
 _QUERIES, _CALLS, _CALLS_PER_S = 30, 90, 12.0
 _ROUTERS = {"own": "the query's replica first", "serves": "Serve's two at random"}
 
