@@ -1,5 +1,6 @@
 """`make bench`: what a CPU can measure in a quarter of an hour, one table a question; JSON and charts in
-bench/results/. Larger models and indexes are the modules' own arguments; `startup` is run by itself.
+bench/results/. Larger models and indexes are the modules' own arguments; `startup` and `rollout` are
+run by themselves.
 
 python -m bench [--rounds N] [NAME ...]
 """
@@ -22,9 +23,8 @@ BENCHMARKS = {
     "gateway": ("What the gateway adds", []),
     "cache": ("What the score cache saves", []),
     "chunks": ("Chunks on two replicas", []),
-    "rollout": ("What a rollout costs", ["--own-hardware"]),
     "recall": ("BM25 recall beside other engines", ["--documents", "100000"]),
-    "cascade": ("What a cascade costs and loses", ["--queries", "40"]),
+    "cascade": ("What a cascade costs and loses", ["--queries", "24"]),
 }
 ROOT = Path(__file__).parents[1]
 

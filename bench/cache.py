@@ -21,7 +21,7 @@ from bench.fleet import HEADERS, catalogue, config, fleet
 from tests import models
 
 ROOT = Path(__file__).parents[1]
-_QUERIES, _DOCUMENTS = 6, 100
+_QUERIES, _DOCUMENTS = 4, 100
 
 
 def run(rounds: int) -> dict[str, Any]:
