@@ -1,6 +1,6 @@
 """`make bench`: what a CPU can measure in a quarter of an hour, one table a question; JSON and charts in
-bench/results/. Larger models and indexes are the modules' own arguments; `startup` and `rollout` are
-run by themselves.
+bench/results/. Larger models and indexes are the modules' own arguments; `engine`, `startup` and
+`rollout` are run by themselves.
 
 python -m bench [--rounds N] [NAME ...]
 """
@@ -18,7 +18,6 @@ from bench.common import RESULTS, machine
 
 # The question that each answers, and its arguments.
 BENCHMARKS = {
-    "engine": ("Ways to hand pairs to the engine", ["--shape", "tiny"]),
     "peers": ("Reranking over HTTP beside other servers", ["--shape", "tiny"]),
     "gateway": ("What the gateway adds", []),
     "cache": ("What the score cache saves", []),

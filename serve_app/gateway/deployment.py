@@ -1,7 +1,6 @@
 """The gateway as a Serve deployment: a thin shell around `Service` and its HTTP application."""
 
 import asyncio
-import gc
 import logging
 from typing import Any
 
@@ -63,8 +62,6 @@ class Gateway:
         self.fleet.watch()
         self.service.rollouts.configure(self.service.settings)
         if self._refreshing is None:
-            # What is here now stays: calls aren't to wait while it is searched for garbage.
-            gc.freeze()
             gauges = Gauges(self._replica.replica_tag)
             self._refreshing = asyncio.get_running_loop().create_task(_refresh(self.service, gauges))
 
