@@ -1,10 +1,11 @@
 """A system within strangers' reach: it doesn't start without keys, and with keys no port lets them past."""
 
 import ipaddress
+import json
 import os
 import re
-import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,8 @@ import grpc
 import httpx
 import psutil
 import pytest
-import yaml
 
-from tests.commands.test_make import ROOT, Serving, interrupt, serve_app
+from tests.commands.test_make import ROOT, Serving, free_port, interrupt, serve_app
 
 BODIES = {
     "/v1/search": {"query": "desk lamp"},
@@ -51,11 +51,33 @@ def test_a_gateway_in_reach_of_others_does_not_start_without_keys(
         assert text in answer.stderr
 
 
-def test_the_gateway_itself_refuses_too_however_it_is_deployed(tmp_path: Path) -> None:
+# Where the file is deployed on a cluster, as `serve deploy` does it.
+DEPLOY = """
+import json, sys, time
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+from serve_app.status import applications
+
+config = json.loads(sys.argv[1])
+ray.init(address="local", namespace="serve", log_to_driver=False)
+serve.start(proxy_location="HeadOnly", http_options=config["http_options"])
+_get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+give_up_at = time.monotonic() + 120
+said = ""
+while "API keys" not in said and time.monotonic() < give_up_at:
+    time.sleep(0.5)
+    said = "".join(message for app in applications().values() for message in app.messages)
+print(said)
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+def test_the_gateway_itself_refuses_too_where_the_file_is_deployed(tmp_path: Path) -> None:
     # HAProxy's own ports are the same for all systems of a machine, so this comes before the one below starts.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {"pipelines": {"bm25": {}}, "routes": {"default": {"weights": {"bm25": 100}}}}
     config = {
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -68,28 +90,21 @@ def test_the_gateway_itself_refuses_too_however_it_is_deployed(tmp_path: Path) -
             }
         ],
     }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [str(ROOT / ".venv/bin/serve"), "run", str(path)],
-        cwd=ROOT,
-        env={**os.environ, **HAPROXY, "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode != 0
-    for text in ("listens on a port of its own behind HAProxy", *REFUSED):
-        assert text in done.stdout + done.stderr
+    command = (sys.executable, "-c", DEPLOY, json.dumps(config))
+    serving = Serving(tmp_path / "log", port, *command, **HAPROXY, RAY_USAGE_STATS_ENABLED="0")
+    try:
+        serving.process.wait(200)
+        for text in ("listens on a port of its own behind HAProxy", *REFUSED):
+            assert text in serving.log.read_text()
+    finally:
+        serving.clean_up()
 
 
 class Guarded(Serving):
     """configs/local.yaml for all interfaces, which has keys."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         config = folder / "config.yaml"
         config.write_text((ROOT / "configs/local.yaml").read_text().replace("host: 127.0.0.1", "host: 0.0.0.0"))
         self.keys = folder / "keys.yaml"

@@ -17,20 +17,25 @@ ROOT = Path(__file__).parents[2]
 MARK = "SERVE_APP_TEST_MARK"
 
 
-@pytest.fixture
-def port():
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-class Serving:
-    """`make serve` as a terminal starts it, in a process group of its own; found by a mark in its environment."""
+@pytest.fixture
+def port():
+    return free_port()
 
-    def __init__(self, log: Path, port: int, **environment: str) -> None:
+
+class Serving:
+    """`make serve`, or another command, as a terminal starts it, in a process group of its own; found by a mark in
+    its environment."""
+
+    def __init__(self, log: Path, port: int, *command: str, **environment: str) -> None:
         self.log, self.mark = log, uuid.uuid4().hex
         self.process = subprocess.Popen(
-            ["make", "serve", f"PORT={port}"],
+            command or ["make", "serve", f"PORT={port}"],
             cwd=ROOT,
             env={**os.environ, **environment, MARK: self.mark},
             stdout=log.open("w"),
@@ -85,31 +90,37 @@ def kill_ray(serving, port):
     next(process for process in serving.family() if process.name() == "raylet").kill()
 
 
-@pytest.mark.parametrize("stop", [interrupt, terminate, make_stop, kill_ray])
-def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path, port, stop):
-    serving = Serving(tmp_path / "log", port)
+@pytest.mark.parametrize("stops", [(interrupt, terminate), (make_stop, kill_ray)])
+def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path, stops):
+    """Two side by side, each ended in another way."""
+    subprocess.run(["make", "index"], cwd=ROOT, check=True, capture_output=True, timeout=600)
+    servings = [(Serving(tmp_path / stop.__name__, port := free_port()), port) for stop in stops]
     try:
-        ready = serving.wait_ready()
-        curl = ready.partition("try: ")[2]
-        assert curl.startswith("curl ")
-        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
-        assert answer.returncode == 0, answer
-        assert '"rerank_score":0.' in answer.stdout
-        assert '"recall_score":' in answer.stdout
-        assert '"degraded"' not in answer.stdout
-        names = {process.name() for process in serving.family()}
-        assert {"raylet", "gcs_server"} <= names
-        stop(serving, port)
-        serving.process.wait(120)
-        psutil.wait_procs(serving.family(), timeout=10)
-        left = [" ".join(process.cmdline())[:200] for process in serving.family()]
-        assert not left
-        assert "Traceback" not in serving.log.read_text()
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+        for serving, _ in servings:
+            ready = serving.wait_ready()
+            curl = ready.partition("try: ")[2]
+            assert curl.startswith("curl ")
+            answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
+            assert answer.returncode == 0, answer
+            assert '"rerank_score":0.' in answer.stdout
+            assert '"recall_score":' in answer.stdout
+            assert '"degraded"' not in answer.stdout
+            names = {process.name() for process in serving.family()}
+            assert {"raylet", "gcs_server"} <= names
+        for i, ((serving, port), stop) in enumerate(zip(servings, stops, strict=True)):
+            stop(serving, port)
+            serving.process.wait(120)
+            psutil.wait_procs(serving.family(), timeout=10)
+            left = [" ".join(process.cmdline())[:200] for process in serving.family()]
+            assert not left
+            assert "Traceback" not in serving.log.read_text()
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+            assert all(other.process.poll() is None for other, _ in servings[i + 1 :])
     finally:
-        serving.clean_up()
+        for serving, _ in servings:
+            serving.clean_up()
 
 
 def serve_app(*arguments, **kwargs):
