@@ -17,7 +17,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from serve_app.launch import ENVIRONMENT
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
-from serve_app.status import applications
 from tests import models
 from tests.otlp import Receiver
 
@@ -72,6 +71,9 @@ class System:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
 
     def statuses(self) -> dict[str, str]:
+        # Not above: with it comes Ray, which reads its environment as it is imported.
+        from serve_app.status import applications
+
         return {name: app.status for name, app in applications().items()}
 
     def wait_running(self) -> None:
@@ -108,6 +110,8 @@ class System:
 
 
 def describe_failures(names: set[str]) -> str:
+    from serve_app.status import applications
+
     found = applications()
     return "\n".join(f"{name}: {found[name].messages[0]}" for name in names if name in found)
 
