@@ -1,4 +1,4 @@
-"""`make bench`: what a CPU can measure in a quarter of an hour, one table a question; JSON and charts in
+"""`make bench`: what a CPU can measure in some twenty minutes, one table a question; JSON and charts in
 bench/results/. Larger models and indexes are the modules' own arguments; `engine`, `startup` and
 `rollout` are run by themselves.
 
