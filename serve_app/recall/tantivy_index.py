@@ -49,13 +49,9 @@ class TantivyIndex:
         ranked = sorted((-score, offset) for (score, _), offset in zip(hits, offsets, strict=True))
         return [self._candidate(-score, offset) for score, offset in ranked]
 
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     def stats(self) -> dict[str, Any]:
         return {
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.fingerprint,
             "documents": self._searcher.num_docs,
             "bytes": self._bytes,
             "segments": self._searcher.num_segments,
@@ -88,7 +84,7 @@ class TantivyIndex:
             __version__,
             tantivy.__version__,
         ]
-        self._fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
         self._bytes = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
         if self._searcher.num_docs != self._manifest.documents:
             raise OpenError(
