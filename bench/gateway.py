@@ -4,14 +4,15 @@
 
 First with Serve's own proxy, then with the environment of configs/serve.env (HAProxy), keys and metrics on: one
 client at a time for the latency, then 16 for the calls a second. The load comes from this process and shares the
-machine's cores with the fleet.
+machine's cores with the fleet: an eighth of the two, on uvloop.
 """
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+import uvloop
 
 from bench.common import Spread, closed_loop, percentile, save, show
 from bench.fleet import HEADERS, config, fleet
@@ -43,12 +44,12 @@ def run(rounds: int) -> dict[str, Any]:
         # One at a time: an idle Ray takes a sixth of a core, which is one in twelve here.
         with fleet(config(_SETTINGS, _NOOP), fast=fast) as base:
             url = f"{base}/v1/rerank"
-            asyncio.run(closed_loop(url, bodies(), _CLIENTS, 3, HEADERS))
+            uvloop.run(closed_loop(url, bodies(), _CLIENTS, 3, HEADERS))
             for _ in range(rounds):
-                took = asyncio.run(closed_loop(url, bodies(), 1, 2, HEADERS))
+                took = uvloop.run(closed_loop(url, bodies(), 1, 2, HEADERS))
                 latencies[name].append(percentile(took, 0.5) * 1e3)
                 slow[name].append(percentile(took, 0.99) * 1e3)
-                rates[name].append(len(asyncio.run(closed_loop(url, bodies(), _CLIENTS, 4, HEADERS))) / 4)
+                rates[name].append(len(uvloop.run(closed_loop(url, bodies(), _CLIENTS, 4, HEADERS))) / 4)
     result = {
         name: {
             "p50_ms": Spread.of(latencies[name]),

@@ -46,6 +46,28 @@ def write_waiting(handler: logging.handlers.MemoryHandler) -> None:
         waiting, handler.buffer = handler.buffer, []
     finally:
         handler.release()
-    for record in waiting:
-        if handler.target is not None:
-            handler.target.handle(record)
+    target = handler.target
+    if isinstance(target, logging.handlers.RotatingFileHandler):
+        _append(target, waiting)
+    elif target is not None:
+        for record in waiting:
+            target.handle(record)
+
+
+def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.LogRecord]) -> None:
+    """Like its `emit` for every record, with one look at the file and one write for all of them."""
+    if not records:
+        return
+    file.acquire()
+    try:
+        if file.shouldRollover(records[0]):
+            file.doRollover()
+        if file.stream is None:
+            file.stream = file._open()
+        file.stream.write("".join(file.format(record) + file.terminator for record in records))
+        file.flush()
+    except Exception:
+        # As `emit` does, where the disk is full, too.
+        file.handleError(records[0])
+    finally:
+        file.release()

@@ -48,6 +48,7 @@ class Fleet:
         self.apps: dict[str, AppStatus] | None = None
         self.fingerprints = Fingerprints()
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
+        self._methods: dict[tuple[str, str, str], DeploymentHandle] = {}
         self._breakers: dict[str, Breaker] = {}
         self._watching: asyncio.Task[None] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -105,21 +106,27 @@ class Fleet:
         """
         with tracing.call_to(f"rerank {variant}") as span:
             span.set(documents=len(request.documents), mirrored=mirrored)
-            request = replace(request, timeout_s=timeout_s, traceparent=tracing.traceparent())
-            return await self._score(variant, request, pairs_per_call, mirrored, scored)
+            return await self._score(variant, request, pairs_per_call, timeout_s, mirrored, scored)
 
     async def _score(
         self,
         variant: str,
         request: ScoreRequest,
         pairs_per_call: int,
+        timeout_s: float,
         mirrored: bool,
         scored: Callable[[int, ScoreResult], None],
     ) -> list[ScoreResult]:
         asked_at = time.monotonic()
-        documents = request.documents
+        documents, traceparent = request.documents, tracing.traceparent()
         requests = [
-            replace(request, documents=documents[i : i + pairs_per_call], part=part)
+            replace(
+                request,
+                documents=documents[i : i + pairs_per_call],
+                timeout_s=timeout_s,
+                part=part,
+                traceparent=traceparent,
+            )
             for part, i in enumerate(range(0, len(documents), pairs_per_call))
         ]
 
@@ -128,7 +135,7 @@ class Fleet:
             scored(part, result)
 
         results: list[ScoreResult] = await self._guarded(
-            variant, "Reranker", "score", requests, request.timeout_s, mirrored=mirrored, heard=heard
+            variant, "Reranker", "score", requests, timeout_s, mirrored=mirrored, heard=heard
         )
         return results
 
@@ -182,7 +189,7 @@ class Fleet:
 
     async def _call(self, app: str, deployment: str, method: str, *arguments: Any) -> Any:
         for attempt in range(_ATTEMPTS):
-            response = getattr(self._handle(app, deployment), method).remote(*arguments)
+            response = self._method(app, deployment, method).remote(*arguments)
             try:
                 return await response
             except asyncio.CancelledError:
@@ -199,13 +206,17 @@ class Fleet:
                     raise
         raise AssertionError("unreachable")
 
-    def _handle(self, app: str, deployment: str) -> DeploymentHandle:
-        if (app, deployment) not in self._handles:
-            # The check would ask the controller and block the event loop; `_guarded` knows what is deployed.
-            self._handles[app, deployment] = serve.get_deployment_handle(
-                deployment, app_name=app, _check_exists=False
-            )
-        return self._handles[app, deployment]
+    def _method(self, app: str, deployment: str, method: str) -> DeploymentHandle:
+        found = self._methods.get((app, deployment, method))
+        if found is None:
+            if (app, deployment) not in self._handles:
+                # The check would ask the controller and block the event loop; `_guarded` knows what is deployed.
+                self._handles[app, deployment] = serve.get_deployment_handle(
+                    deployment, app_name=app, _check_exists=False
+                )
+            # Kept, because every look at a handle's method makes a new one.
+            found = self._methods[app, deployment, method] = getattr(self._handles[app, deployment], method)
+        return found
 
     async def _watch(self) -> None:
         while True:

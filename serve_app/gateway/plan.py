@@ -77,7 +77,8 @@ def resolve(
         # A gateway whose settings are behind serves what it knows.
         known = [split for split in splits(name) if split.canary in settings.pipelines]
         pipeline, placed = place(known, chosen, user)
-        return replace(pipeline_plan(settings, pipeline, route=name), place=placed)
+        plan = pipeline_plan(settings, pipeline, route=name)
+        return plan if placed is None else replace(plan, place=placed)
     if name in settings.pipelines:
         return replace(pipeline_plan(settings, name, route=None), why="forced")
     if name in settings.variants:

@@ -66,7 +66,8 @@ class _Found:
         self.computed = np.zeros(n, np.bool_)
 
     def missing(self) -> list[int]:
-        return [int(i) for i in np.flatnonzero(~self.there)]
+        missing: list[int] = np.flatnonzero(~self.there).tolist()
+        return missing
 
     def add(
         self, positions: Sequence[int] | npt.NDArray[np.intp], scores: Sequence[float] | Scores, computed: bool
@@ -184,7 +185,7 @@ class Scoring:
         wanted = self.fleet.fingerprints.of(ask.variant)
         split = False
         while True:
-            if ask.reads and wanted and found[wanted].missing():
+            if ask.reads and wanted and not found[wanted].there.all():
                 await self._look_up(ask, wanted, found[wanted])
             missing = found[wanted].missing()
             if not missing:
@@ -263,8 +264,9 @@ class Scoring:
         self, ask: _Ask, wanted: str, positions: list[int], pairs_per_call: int
     ) -> list[tuple[list[int], ScoreResult]]:
         """The variant's answers for `positions`, chunk by chunk; what comes is cached and shared at once."""
-        documents = ask.request.documents
-        request = replace(ask.request, documents=[documents[i] for i in positions])
+        request, documents = ask.request, ask.request.documents
+        if len(positions) < len(documents):
+            request = replace(request, documents=[documents[i] for i in positions])
         size = even_chunk(len(positions), pairs_per_call)
         chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
         names = [[ask.names[i] for i in chunk] for chunk in chunks] if ask.names else []
