@@ -3,8 +3,9 @@
     python -m bench.gateway [--rounds N]
 
 First with Serve's own proxy, then with the environment of configs/serve.env (HAProxy), keys and metrics on: one
-client at a time for the latency, then 16 for the calls a second. The load comes from this process and shares the
-machine's cores with the fleet: an eighth of the two, on uvloop.
+client at a time for the latency, then 16 for the calls a second. In turns with a bare application of Serve's,
+which hands the JSON on and does nothing else: what is above it is ours. The load comes from this process and
+shares the machine's cores with the fleet: an eighth of the two, on uvloop.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from bench.common import Spread, closed_loop, percentile, save, show
 from bench.fleet import HEADERS, config, fleet
 
 _FLEETS = {"Serve's proxy": False, "HAProxy": True}
+_PATHS = {"gateway": "/v1/rerank", "bare Serve": "/bare/rerank"}
 _CLIENTS = 16
 _DOCUMENTS = [f"A document of some words that nobody reads, number {i}" for i in range(10)]
 _SETTINGS = {
@@ -27,6 +29,7 @@ _SETTINGS = {
     "cache": None,
 }
 _NOOP = {"name": "noop", "import_path": "bench.noop:build", "route_prefix": None, "args": {}}
+_BARE = {"name": "bare", "import_path": "bench.noop:bare", "route_prefix": "/bare", "args": {}}
 
 
 def bodies() -> Iterator[dict[str, Any]]:
@@ -37,27 +40,12 @@ def bodies() -> Iterator[dict[str, Any]]:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    latencies: dict[str, list[float]] = {name: [] for name in _FLEETS}
-    slow: dict[str, list[float]] = {name: [] for name in _FLEETS}
-    rates: dict[str, list[float]] = {name: [] for name in _FLEETS}
-    for name, fast in _FLEETS.items():
+    result: dict[str, Any] = {}
+    for proxy, fast in _FLEETS.items():
         # One at a time: an idle Ray takes a sixth of a core, which is one in twelve here.
-        with fleet(config(_SETTINGS, _NOOP), fast=fast) as base:
-            url = f"{base}/v1/rerank"
-            uvloop.run(closed_loop(url, bodies(), _CLIENTS, 3, HEADERS))
-            for _ in range(rounds):
-                took = uvloop.run(closed_loop(url, bodies(), 1, 2, HEADERS))
-                latencies[name].append(percentile(took, 0.5) * 1e3)
-                slow[name].append(percentile(took, 0.99) * 1e3)
-                rates[name].append(len(uvloop.run(closed_loop(url, bodies(), _CLIENTS, 4, HEADERS))) / 4)
-    result = {
-        name: {
-            "p50_ms": Spread.of(latencies[name]),
-            "p99_ms": Spread.of(slow[name]),
-            "calls_per_s": Spread.of(rates[name]),
-        }
-        for name in _FLEETS
-    }
+        with fleet(config(_SETTINGS, _NOOP, _BARE), fast=fast) as base:
+            for name, figures in _fleet(base, rounds).items():
+                result[f"{proxy}, {name}"] = figures
     show(
         "10 documents over a reranker that does nothing",
         ["", "p50 ms, one client", "p99 ms", f"calls/s, {_CLIENTS} clients"],
@@ -67,6 +55,23 @@ def run(rounds: int) -> dict[str, Any]:
         ],
     )
     return result
+
+
+def _fleet(base: str, rounds: int) -> dict[str, dict[str, Spread]]:
+    names = list(_PATHS)
+    figures: dict[str, dict[str, list[float]]] = {
+        name: {"p50_ms": [], "p99_ms": [], "calls_per_s": []} for name in names
+    }
+    for name in names:
+        uvloop.run(closed_loop(base + _PATHS[name], bodies(), _CLIENTS, 3, HEADERS))
+    for i in range(rounds):
+        for name in names if i % 2 else reversed(names):
+            took = uvloop.run(closed_loop(base + _PATHS[name], bodies(), 1, 2, HEADERS))
+            figures[name]["p50_ms"].append(percentile(took, 0.5) * 1e3)
+            figures[name]["p99_ms"].append(percentile(took, 0.99) * 1e3)
+            calls = uvloop.run(closed_loop(base + _PATHS[name], bodies(), _CLIENTS, 4, HEADERS))
+            figures[name]["calls_per_s"].append(len(calls) / 4)
+    return {name: {what: Spread.of(values) for what, values in taken.items()} for name, taken in figures.items()}
 
 
 def main() -> int:

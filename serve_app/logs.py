@@ -56,7 +56,13 @@ def write_waiting(handler: logging.handlers.MemoryHandler) -> None:
 
 def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.LogRecord]) -> None:
     """Like its `emit` for every record, with one look at the file and one write for all of them."""
-    if not records:
+    lines = []
+    for record in records:
+        try:
+            lines.append(file.format(record) + file.terminator)
+        except Exception:
+            file.handleError(record)
+    if not lines:
         return
     file.acquire()
     try:
@@ -64,10 +70,10 @@ def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.Lo
             file.doRollover()
         if file.stream is None:
             file.stream = file._open()
-        file.stream.write("".join(file.format(record) + file.terminator for record in records))
+        file.stream.write("".join(lines))
         file.flush()
     except Exception:
-        # As `emit` does, where the disk is full, too.
+        # As `emit` does where the disk is full.
         file.handleError(records[0])
     finally:
         file.release()

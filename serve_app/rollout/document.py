@@ -16,6 +16,7 @@ enough:
       - pause: {}                     # until resumed
     guards:                           # in place of the default ones
       error_rate: {threshold: 0.01}
+      degraded_rate: {}               # without it, one whose reranker raises on searches is not noticed
       rbo: {}
     on_success: promote
     on_failure: rollback

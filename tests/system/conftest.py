@@ -226,13 +226,21 @@ def serving(system: S) -> Iterator[S]:
         system.wait_running()
         yield system
     finally:
+        # Serve would drain its replicas first, for half a minute.
         children = before | set(psutil.Process().children(recursive=True))
-        serve.shutdown()
         ray.shutdown()
-        _, alive = psutil.wait_procs(children, timeout=30)
-        for process in alive:
+        for process in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        wait_for(lambda: not any(map(is_alive, children)), 30, 0.2, "the system's processes to end")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; one that nobody has waited for doesn't."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def settings() -> dict[str, Any]:
