@@ -168,7 +168,8 @@ def test_with_keys_every_port_in_reach_is_known_and_haproxy_is_the_way_in(guarde
     ports = guarded.open_ports()
     assert ports[guarded.port] == "haproxy"
     assert list(ports.values()).count("ray::ServeReplica") >= 2 * 4, "the replicas listen too"
-    assert not set(ports.values()) - documented().keys()
+    unknown = set(ports.values()) - documented().keys()
+    assert not unknown
 
 
 def test_no_port_in_reach_answers_a_call_without_a_key(guarded: Guarded) -> None:
