@@ -151,8 +151,9 @@ def is_loopback(host: str) -> bool:
 def name_of(process: psutil.Process) -> str:
     """`ray::ServeReplica` of `ray::ServeReplica:gateway:Gateway`, or the program."""
     command = process.cmdline()
-    if command[0].startswith("ray::"):
-        return "::".join(command[0].split(":")[:3:2])
+    # Ray adds the method that an actor runs at the moment: ray::ServeController.listen_for_change.
+    if actor := re.match(r"ray::\w+", command[0]):
+        return actor[0]
     script = next((part for part in command[1:] if part.endswith((".py", "serve-app"))), None)
     return Path(script or command[0]).name
 
