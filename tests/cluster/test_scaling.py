@@ -35,7 +35,7 @@ def minilm(gpus: float, **scaling: Any) -> dict[str, Any]:
         "metrics_interval_s": 0.5,
         "look_back_period_s": 5,
         "upscale_delay_s": 0.5,
-        "downscale_delay_s": 10,
+        "downscale_delay_s": 5,
         "policy": {
             "policy_function": "serve_app.autoscaling:DrainTime",
             "policy_kwargs": {"target_drain_s": 2, "max_utilization": 0.8},
@@ -123,7 +123,7 @@ async def until(load: "asyncio.Task[None]", condition: Any, limit_s: float) -> f
 @pytest.fixture(scope="module")
 def scaling(cluster: Cluster) -> Cluster:
     """A sleeping variant of half a GPU a replica: two find a place on the head, a third on a new node."""
-    sleeping = {"min_replicas": 0, "downscale_to_zero_delay_s": 20, "upscale_delay_s": 0}
+    sleeping = {"min_replicas": 0, "downscale_to_zero_delay_s": 12, "upscale_delay_s": 0}
     cluster.deploy([gateway("minilm"), minilm(0.5, max_replicas=3, **sleeping)])
     cluster.wait_gateway()
     assert not cluster.replicas("minilm")
@@ -146,8 +146,8 @@ def test_many_tiny_calls_add_no_replica(scaling: Cluster) -> None:
     load = OpenLoad(str(scaling.client.base_url))
 
     async def run() -> None:
-        task = asyncio.create_task(load.run(8, 30, lambda: tiny(rng)))
-        assert await until(task, lambda: len(scaling.replicas("minilm")) > 1, 40) is None
+        task = asyncio.create_task(load.run(8, 15, lambda: tiny(rng)))
+        assert await until(task, lambda: len(scaling.replicas("minilm")) > 1, 25) is None
         await task
 
     asyncio.run(run())
@@ -165,7 +165,7 @@ def test_a_step_of_large_calls_adds_replicas_and_a_node_and_both_go_again(scalin
     )
 
     async def run() -> tuple[float | None, float | None]:
-        await load.run(1, 20, lambda: mixed(rng, many))
+        await load.run(1, 10, lambda: mixed(rng, many))
         assert len(scaling.replicas("minilm")) == 1
         task = asyncio.create_task(load.run(8, 100, lambda: mixed(rng, many)))
         second = await until(task, lambda: len(scaling.placed("minilm")) >= 2, 60)
