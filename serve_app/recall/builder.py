@@ -62,6 +62,7 @@ def build_index(
             build = index / f"{_BUILD_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{os.urandom(3).hex()}"
             try:
                 documents, empty, fields = _write(catalogue, build, threads, progress)
+                _let_others_read(build)
                 _fsync_all(build)
                 Manifest(
                     build=build.name,
@@ -219,6 +220,13 @@ def _remove_builds(index: Path, keep: str | None) -> None:
     for entry in index.glob(f"{_BUILD_PREFIX}*"):
         if entry.name != keep:
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _let_others_read(build: Path) -> None:
+    """Whoever may read the documents: tantivy makes some files for their owner alone."""
+    mode = (build / DOCUMENTS).stat().st_mode & 0o777
+    for file in (build / BM25).iterdir():
+        file.chmod(mode)
 
 
 def _fsync_all(build: Path) -> None:

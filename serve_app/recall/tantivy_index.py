@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,17 @@ class TantivyIndex:
     def _open(self) -> None:
         self._manifest = manifest.read(self._folder, analysis.VERSION)
         build = self._folder / self._manifest.build
-        with open(build / DOCUMENTS, "rb") as documents:
-            self._documents = mmap.mmap(documents.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            index = tantivy.Index.open(str(build / BM25))
+            with open(build / DOCUMENTS, "rb") as documents:
+                self._documents = mmap.mmap(documents.fileno(), 0, access=mmap.ACCESS_READ)
+            index = _open(build / BM25)
         except (OSError, ValueError) as error:
             if not build.exists():
                 raise FileNotFoundError(build) from error
-            raise OpenError(f"{build.absolute()} is damaged ({error}); build the index again") from error
-        _register(index)
-        index.config_reader("manual")
-        index.reload()
+            raise OpenError(
+                f"{build.absolute()} can't be read ({error}); let the replicas' user read its files, "
+                "or build the index again"
+            ) from error
         self._schema = index.schema
         self._searcher = index.searcher()
         decides = [
@@ -133,6 +134,20 @@ def new_index(folder: Path) -> tantivy.Index:
     schema.add_integer_field("offset", fast=True)
     index = tantivy.Index(schema.build(), str(folder), reuse=False)
     _register(index)
+    return index
+
+
+def _open(folder: Path) -> tantivy.Index:
+    """tantivy writes a lock beside the files of an index that it reads, and the folder may be another user's or on
+    a volume that is mounted read-only; so it gets a folder of its own, with links. What is open stays open."""
+    with tempfile.TemporaryDirectory(prefix="serve-app-index-") as own:
+        for file in folder.absolute().iterdir():
+            if file.suffix != ".lock":
+                (Path(own) / file.name).symlink_to(file)
+        index = tantivy.Index.open(own)
+        _register(index)
+        index.config_reader("manual")
+        index.reload()
     return index
 
 

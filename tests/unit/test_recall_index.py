@@ -1,5 +1,8 @@
 import json
+import multiprocessing
+import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +187,33 @@ def test_damaged_build_is_refused(tmp_path: Path) -> None:
         file.write_text("{")
     with pytest.raises(OpenError, match="build the index again"):
         TantivyIndex(tmp_path / "index")
+
+
+def test_an_index_is_served_to_who_may_only_read_it(tmp_path: Path) -> None:
+    """A read-only volume, or another user's folder; also after other replicas have opened it."""
+    (tmp_path / "a.jsonl").write_text(rows(CATALOGUE))
+    build_index(tmp_path / "a.jsonl", tmp_path / "index")
+    files = [path for path in tmp_path.rglob("index/**/*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o444 for path in files} == {0o444}
+    before = sorted(tmp_path.rglob("*"))
+    for path in [*tmp_path.rglob("*"), tmp_path]:
+        path.chmod(path.stat().st_mode & 0o555)
+    reader = multiprocessing.get_context("fork").Process(target=_read_as_a_stranger, args=(tmp_path / "index",))
+    reader.start()
+    reader.join(60)
+    assert reader.exitcode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _read_as_a_stranger(index: Path) -> None:
+    # Root may write whatever the modes say.
+    if os.getuid() == 0:
+        for folder in index.parents:
+            if folder.stat().st_mode & 0o005 != 0o005:
+                folder.chmod(0o755)
+        os.setgid(65534)
+        os.setuid(65534)
+    assert ids(TantivyIndex(index), "router", 1) == ["router"]
 
 
 def _manifest(index: Path, text: str) -> None:
