@@ -62,7 +62,8 @@ _LONG_MARKS = regex.compile(r"(\p{M}{16})\p{M}+")
 _HYPHENS = str.maketrans("‐‑‒–−", "-----")
 
 _HUMP = re.compile(r"[a-z][A-Z]")
-_HYPHENATED = re.compile(r"[^\W_]+(?:[-_][^\W_]+)+")
+# Tries each run of letters once, not from each of its letters: texts may have runs of a megabyte.
+_HYPHENATED = re.compile(r"(?<![^\W_])[^\W_]++(?:[-_][^\W_]++)+")
 _THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
 _C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
 _CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
@@ -92,7 +93,8 @@ class QueryAnalyzer:
 
     def terms(self, query: str) -> dict[str, float]:
         """Distinct terms with their weights, in the query's order. Empty when it has no letters or digits."""
-        folded = fold(query[:MAX_QUERY_CHARS])
+        # Folding makes up to eighteen characters of one.
+        folded = fold(query[:MAX_QUERY_CHARS])[:MAX_QUERY_CHARS]
         words = _with_codes(_separated(folded, singles=False))
         # Only stop words: better searched in the titles than not at all.
         content = self._content.analyze(words) or self._all.analyze(words)

@@ -49,7 +49,7 @@ def build_index(
 
     Readers of an older build keep serving it until they restart. `threads` are tantivy's, beside Python's own.
     Raises `InputError` for a bad catalogue and `BuildError` when the folder can't be written; either way the
-    folder is as it was before.
+    folder serves what it served before, or the new catalogue in full.
     """
     started = time.monotonic()
     catalogue = Catalogue(Path(input))
@@ -73,7 +73,9 @@ def build_index(
                     fields=fields,
                 ).write(index)
             except BaseException:
-                shutil.rmtree(build, ignore_errors=True)
+                # Once the manifest names it, it is what is served.
+                if _served(index) != build.name:
+                    shutil.rmtree(build, ignore_errors=True)
                 raise
             _remove_builds(index, keep=build.name)
     except BaseException:

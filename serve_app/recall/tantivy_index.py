@@ -37,7 +37,10 @@ class TantivyIndex:
             self._open()
         except FileNotFoundError:
             # A rebuild removed the build between the manifest and its files; the new manifest is there.
-            self._open()
+            try:
+                self._open()
+            except FileNotFoundError as error:
+                raise OpenError(f"{self._folder.absolute()} lacks {error}; build the index again") from error
 
     def search(self, query: str, k: int) -> list[Candidate]:
         weights = self._analyzer.terms(query)

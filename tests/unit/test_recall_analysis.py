@@ -1,3 +1,4 @@
+import time
 import unicodedata
 
 import pytest
@@ -100,6 +101,15 @@ def test_stop_words_are_searched_only_when_there_is_nothing_else() -> None:
 
 def test_query_of_a_whole_page_is_cut() -> None:
     assert len(QUERY.terms("wh-1000xm4 " * 100_000)) < 100
+
+
+@pytest.mark.parametrize("word", ["-" + "a" * 100_000, "-" + "\ufdf4" * 100_000, "_" + "a1B" * 30_000 + "-"])
+def test_a_word_of_any_length_takes_a_time_that_grows_with_it(word: str) -> None:
+    # Tried from each of its letters, the first would take some minutes.
+    started = time.process_time()
+    QUERY.terms(word)
+    document_text(word)
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("query", ["", "  ", "!?()[]{}:;\"'*~^", "\x00\ufffd", "\u0301\u0301", "🎧🎧"])

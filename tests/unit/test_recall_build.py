@@ -268,6 +268,22 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(
     assert not index.exists()
 
 
+def test_a_build_that_is_interrupted_once_it_is_served_is_served(
+    file: Callable[..., Path], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(file(GOOD), index)
+
+    def interrupted(path: Path) -> None:
+        # The last thing of a build: the manifest names it already.
+        if path == index:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("serve_app.recall.manifest.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(file('{"id": "new", "title": "floor lamp"}', "new.jsonl"), index)
+    assert ids(index, "lamp") == ["new"]
+
+
 def test_interrupted_build_leaves_nothing(file: Callable[..., Path], index: Path) -> None:
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt

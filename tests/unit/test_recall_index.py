@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,15 @@ def test_damaged_build_is_refused(tmp_path: Path) -> None:
     for file in tmp_path.glob("index/build-*/bm25/meta.json"):
         file.write_text("{")
     with pytest.raises(OpenError, match="build the index again"):
+        TantivyIndex(tmp_path / "index")
+
+
+def test_a_build_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows(CATALOGUE))
+    build_index(tmp_path / "a.jsonl", tmp_path / "index")
+    (build,) = tmp_path.glob("index/build-*")
+    shutil.rmtree(build)
+    with pytest.raises(OpenError, match=rf"lacks .*{build.name}; build the index again"):
         TantivyIndex(tmp_path / "index")
 
 
