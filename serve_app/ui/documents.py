@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_QUERIES = 64
+_END_OF_LINE = re.compile(r"\r\n|\r|\n")
 _TEXT = ("text", "document", "passage", "content")
 _ID = ("id", "_id", "doc_id")
 
@@ -43,7 +45,8 @@ def read(text: str) -> list[Batch]:
     Raises DocumentsError.
     """
     text = text.removeprefix("\ufeff")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not what else `splitlines` takes for an end of line: JSON and scraped texts hold such characters.
+    lines = [(number, line) for number, line in enumerate(_END_OF_LINE.split(text), 1) if line.strip()]
     if not lines:
         raise DocumentsError("there are no documents; give one a line, or JSON Lines, or CSV")
     if lines[0][1].lstrip()[0] in '{"' and _is_json(lines[0][1]):
@@ -63,7 +66,7 @@ def read(text: str) -> list[Batch]:
 def _is_json(line: str) -> bool:
     try:
         return isinstance(json.loads(line), str | dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         # A mistake in the first line should be named, not taken for a document.
         return line.lstrip().startswith("{")
 

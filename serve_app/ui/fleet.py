@@ -25,7 +25,11 @@ class History:
         self._samples: deque[Body] = deque(maxlen=int(SPAN_S / _LEAST_S) + 1)
 
     def add(self, answer: Body) -> None:
-        if self._samples and answer["at"] - self._samples[-1]["at"] < _LEAST_S:
+        since_s = answer["at"] - self._samples[-1]["at"] if self._samples else _LEAST_S
+        if since_s < -_RATE_S:
+            # The clock was set back.
+            self._samples.clear()
+        elif since_s < _LEAST_S:
             return
         self._samples.append(answer)
         while answer["at"] - self._samples[0]["at"] > SPAN_S:

@@ -77,6 +77,15 @@ def test_documents_come_as_json_lines_with_queries():
     ]
 
 
+@pytest.mark.parametrize("strange", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])
+def test_only_line_feeds_end_a_line(strange):
+    text = f"red{strange}shoes"
+    (batch,) = read(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" + json.dumps("blue"))
+    assert [d.text for d in batch.documents] == [text, "blue"]
+    (batch,) = read(f"{text}\rblue")
+    assert [d.text for d in batch.documents] == [text, "blue"]
+
+
 def test_documents_come_as_csv_in_any_order_of_columns():
     batches = read('id,Text,query\n1,"one, with a comma",q\n2,"two\nlines",q\n')
     assert [(d.id, d.text) for d in batches[0].documents] == [("1", "one, with a comma"), ("2", "two\nlines")]
@@ -95,6 +104,7 @@ def test_a_sentence_with_a_comma_is_no_csv():
         ('{"txt": "a"}', "line 1: a document without text"),
         ('{"text": "a"}\n[1]', "line 2: is neither"),
         ('{"query": 3, "text": "a"}', "line 1: query is no text"),
+        ('{"a":' * 100_000, "line 1: is not valid JSON"),
         ("id,text\n1", "line 2: has 1 columns"),
         ("id,text\n", "no documents"),
         ("\n".join(json.dumps({"query": str(i), "text": "a"}) for i in range(65)), "65 queries are too many"),
@@ -240,6 +250,13 @@ def test_history_is_bounded_and_takes_an_answer_once():
     assert history.samples[-1]["at"] >= 2998
     history.add(sample(2998.5, 1))
     assert history.samples[-1]["at"] != 2998.5
+
+
+def test_history_begins_again_when_the_clock_is_set_back():
+    history = fleet.History()
+    for at in (1000, 1003, 6, 9, 8):
+        history.add(sample(at, at))
+    assert [s["at"] for s in history.samples] == [6, 9]
 
 
 def test_the_fleet_shows_shares_of_gpus():
