@@ -56,17 +56,19 @@ def write_waiting(handler: logging.handlers.MemoryHandler) -> None:
 
 def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.LogRecord]) -> None:
     """Like its `emit` for every record, with one look at the file and one write for all of them."""
-    lines = []
+    lines, formatted = [], []
     for record in records:
         try:
             lines.append(file.format(record) + file.terminator)
         except Exception:
             file.handleError(record)
-    if not lines:
+        else:
+            formatted.append(record)
+    if not formatted:
         return
     file.acquire()
     try:
-        if file.shouldRollover(records[0]):
+        if file.shouldRollover(formatted[0]):
             file.doRollover()
         if file.stream is None:
             file.stream = file._open()
@@ -74,6 +76,6 @@ def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.Lo
         file.flush()
     except Exception:
         # As `emit` does where the disk is full.
-        file.handleError(records[0])
+        file.handleError(formatted[0])
     finally:
         file.release()

@@ -60,6 +60,11 @@ def test_a_line_that_cannot_be_made_loses_no_other(
     write_waiting(memory)
     assert (tmp_path / "replica.log").read_text() == "INFO before\nINFO after\n"
     assert "no number" in capsys.readouterr().err
+    # The first of those that are written together.
+    say(memory, "%d pairs", args=("no number",))
+    say(memory, "at last")
+    write_waiting(memory)
+    assert (tmp_path / "replica.log").read_text() == "INFO before\nINFO after\nINFO at last\n"
 
 
 def test_a_full_disk_is_told_and_ends_nothing(
