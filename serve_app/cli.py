@@ -358,15 +358,23 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         response = httpx.post(url.rstrip("/") + path, json=body, headers=bearer(API_KEY), timeout=90)
-        answer: dict[str, Any] = response.json()
     except httpx.HTTPError as error:
         _complain(f"no answer from {url}: {error}; is it up? (serve-app up CONFIG)", 1)
         return None
+    except (httpx.InvalidURL, ValueError) as error:
+        _complain(f"can't call {url!r}: {error}", 1)
+        return None
+    try:
+        answer = response.json()
     except ValueError:
         _complain(f"{url}{path} answered with something that is not JSON", 1)
         return None
     if response.is_error:
-        _complain(f"{response.status_code}: {answer.get('message', answer)}", 1)
+        message = answer.get("message", answer) if isinstance(answer, dict) else answer
+        _complain(f"{response.status_code}: {message}", 1)
+        return None
+    if not isinstance(answer, dict) or not {"results", "meta"} <= answer.keys():
+        _complain(f"{url}{path} answered with something else than results; is it serve-app's gateway?", 1)
         return None
     return answer
 

@@ -86,7 +86,8 @@ class Gateway:
                 )
             except httpx.ConnectError as failure:
                 error, wait_s = _reason(failure), 0.5 * 2**attempt
-            except httpx.HTTPError as failure:
+            except (httpx.HTTPError, ValueError) as failure:
+                # A query of characters that no JSON in UTF-8 holds, too.
                 return Answer([], retries=attempt, error=_reason(failure))
             else:
                 if response.status_code not in (429, 503):

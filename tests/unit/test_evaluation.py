@@ -287,6 +287,15 @@ def test_lost_connections_and_nonsense_are_failures_not_crashes(dataset: Path) -
     assert result.latency_ms == {"p50": None, "p95": None, "p99": None}
 
 
+def test_a_query_that_no_json_carries_is_a_failure_not_a_crash(dataset: Path) -> None:
+    queries = dataset / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("noise cancelling", "half of \\ud83d"))
+    result = run(dataset, lambda body: answer("c"), models=["fused"]).results[0]
+    ((error, times),) = result.errors.items()
+    assert error.startswith("UnicodeEncodeError: ")
+    assert times == 1
+
+
 def test_no_more_queries_than_asked_for_are_under_way(dataset: Path) -> None:
     rows = [json.dumps({"_id": str(n), "text": f"query {n}"}) for n in range(20)]
     (dataset / "queries.jsonl").write_text("\n".join(rows))

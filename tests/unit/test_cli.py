@@ -1,0 +1,71 @@
+"""What the commands say when what answers isn't the gateway, or can't be called."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from serve_app.cli import main
+
+
+class Other(BaseHTTPRequestHandler):
+    """Answers what the path's first part says."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, body = json.loads(self.server.answers[self.path.split("/")[1]])  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[HTTPServer]:
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (200, "<html>", "answered with something that is not JSON"),
+        (200, "[]", "something else than results; is it serve-app's gateway?"),
+        (200, "{}", "something else than results; is it serve-app's gateway?"),
+        (502, "[1]", "502: [1]"),
+        (401, '{"message": "give an API key"}', "401: give an API key"),
+    ],
+)
+def test_an_answer_of_something_else_is_one_clear_line(
+    other: HTTPServer, capsys: pytest.CaptureFixture[str], status: int, body: str, says: str
+) -> None:
+    other.answers = {"a": json.dumps([status, body])}  # type: ignore[attr-defined]
+    for command in (["search", "lamp"], ["rerank", "lamp", "a", "b"]):
+        assert main([*command, "--url", f"http://127.0.0.1:{other.server_port}/a"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("serve-app: ")
+        assert error.endswith(f"{says}\n")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://localhost:abc", "localhost"])
+def test_a_url_that_cannot_be_called_is_one_clear_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "lamp", "--url", url]) == 1
+    error = capsys.readouterr().err
+    assert url in error
+    assert error.count("\n") == 1
+
+
+def test_a_key_that_no_header_carries_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVE_APP_API_KEY", "schlüssel")
+    assert main(["search", "lamp", "--url", "http://127.0.0.1:9"]) == 1
+    assert "SERVE_APP_API_KEY has characters other than printable ASCII" in capsys.readouterr().err
