@@ -107,6 +107,11 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in _ENCODERS
 
 
+def is_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether the model is known to read a text from left to right, so that vLLM may cut it over several steps."""
+    return config.get("model_type") in _DECODERS and config.get("is_causal", True)
+
+
 def parameters(config: Mapping[str, Any]) -> Parameters | None:
     """Counts parameters by the published architectures; None for one that isn't known here.
 

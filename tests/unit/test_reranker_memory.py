@@ -421,6 +421,19 @@ def test_published_rerankers_are_known_without_the_hub_and_others_are_asked_for(
         find_shape(args("someone/known"), down)
 
 
+def test_a_decoder_that_embeds_reserves_no_step_of_its_whole_context() -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaModel"], "hidden_size": 4096, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336,
+              "vocab_size": 128_256, "max_position_embeddings": 131_072}  # fmt: skip
+    shape = Shape(config, parameters(config), "folder")
+    fitting = judge(args("m", "bi-encoder", max_model_len=4096), shape, 1, 24 * GIB)
+    assert fitting.problem is None
+    whole = judge(args("m", "bi-encoder"), shape, 1, 80 * GIB).needs
+    assert whole is not None
+    assert fitting.needs is not None
+    assert fitting.needs.workspace == whole.workspace
+
+
 def test_encoders_have_no_cache() -> None:
     config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 384,
               "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536, "vocab_size": 30_522,

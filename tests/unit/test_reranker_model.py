@@ -262,6 +262,15 @@ def test_converted_checkpoints_keep_their_own_head() -> None:
 def test_encoders_read_their_longest_text_in_one_step() -> None:
     long = {"architectures": ["BertModel"], "max_position_embeddings": 8192}
     assert settings("bi-encoder", long)["max_num_batched_tokens"] == 8192
+    assert settings("bi-encoder", long, max_model_len=6000)["max_num_batched_tokens"] == 6000
+    both_ways = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "is_causal": False}
+    assert settings("bi-encoder", both_ways | {"max_position_embeddings": 9000})["max_num_batched_tokens"] == 9000
+
+
+@pytest.mark.parametrize("engine", [{}, {"max_model_len": 8192}])
+def test_decoders_that_embed_read_a_long_text_in_several_steps(engine: dict[str, Any]) -> None:
+    llama = {"architectures": ["LlamaModel"], "model_type": "llama", "max_position_embeddings": 131_072}
+    assert settings("bi-encoder", llama, **engine)["max_num_batched_tokens"] == 4096
 
 
 def test_cpu_cache_holds_the_longest_prompt_or_is_refused() -> None:
