@@ -10,7 +10,9 @@ from pathlib import Path
 
 from serve_app.rollout.store import StoreUnavailable
 
-WAIT_S = 1.0  # for other threads, and then for other processes
+WAIT_S = 1.0  # for other processes
+# For other threads, one of which may wait for the disk; less than a lease.
+_WAIT_FOR_THREADS_S = 4.0
 
 
 class SqliteFile:
@@ -40,8 +42,12 @@ class SqliteFile:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        if not self._lock.acquire(timeout=WAIT_S):
-            raise StoreUnavailable(self.url, f"was busy with other threads for {WAIT_S:g} s", "try again")
+        if not self._lock.acquire(timeout=_WAIT_FOR_THREADS_S):
+            raise StoreUnavailable(
+                self.url,
+                f"was busy with other threads for {_WAIT_FOR_THREADS_S:g} s",
+                "is its disk slow? try again",
+            )
         try:
             db = self._connected()
             db.execute(begin)

@@ -94,10 +94,15 @@ class Operator:
         """Until the rollout shows what is wanted, e.g. `status="paused"`."""
 
         def shown() -> dict[str, Any] | None:
-            found = self.show(rollout)
+            answer = self.client.get(f"/v1/rollouts/{rollout}")
+            # Where a disk keeps the store waiting.
+            if answer.status_code == 503:
+                return None
+            assert answer.status_code == 200, answer.text
+            found: dict[str, Any] = answer.json()
             return found if wanted.items() <= found.items() else None
 
-        found: dict[str, Any] = wait_for(shown, limit_s, 0.3, f"{wanted}, but {self.show(rollout)}")
+        found: dict[str, Any] = wait_for(shown, limit_s, 0.3, f"{wanted} of {rollout}")
         return found
 
 
