@@ -15,7 +15,8 @@ class Pass:
 
 class Breaker:
     """Opens after `failures_to_open` failures in a row; then one call at a time, `probe_every_s` after the last,
-    is let through until one succeeds. Not thread-safe: it lives on one event loop."""
+    is let through until one succeeds; beside it, as often, one whose failure would tell nothing. Not thread-safe:
+    it lives on one event loop."""
 
     def __init__(
         self,
@@ -28,15 +29,21 @@ class Breaker:
         self.clock = clock
         self.failures = 0
         self._probing = False
-        self._next_probe_at = 0.0
+        self._next_probe_at = self._next_try_at = 0.0
         self._last_success_at = float("-inf")
 
     def enter(self, can_probe: bool = True) -> Pass | None:
-        """Lets a call through, or not (None). `can_probe` says that the call's end would tell something."""
+        """Lets a call through, or not (None). `can_probe` says that its failure would tell something."""
         now = self.clock()
         if self.failures < self.failures_to_open:
             return Pass(now, is_probe=False)
-        if not can_probe or self._probing or now < self._next_probe_at:
+        if not can_probe:
+            # It keeps no other from the probe, but it may succeed; and there may be no others.
+            if now < self._next_try_at:
+                return None
+            self._next_try_at = now + self.probe_every_s
+            return Pass(now, is_probe=False)
+        if self._probing or now < self._next_probe_at:
             return None
         self._probing = True
         return Pass(now, is_probe=True)
@@ -56,4 +63,4 @@ class Breaker:
         if failed and self._last_success_at < call.began:
             self.failures += 1
             if self.failures == self.failures_to_open:
-                self._next_probe_at = now + self.probe_every_s
+                self._next_probe_at = self._next_try_at = now + self.probe_every_s

@@ -97,7 +97,8 @@ class RedisTier:
         than `patience`, which it uses up."""
         self._start()
         found = np.zeros(len(keys), _VALUE)
-        call = self._breaker.enter(can_probe=False) if patience.left_s > 0 else None
+        # While it is out, only `_run` tries it.
+        call = self._breaker.enter() if patience.left_s > 0 and not self._out else None
         if call is not None:
             started = time.monotonic()
             # What is left by other stages of the call may be too little for any server.

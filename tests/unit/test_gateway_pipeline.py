@@ -14,10 +14,11 @@ from serve_app.config import Fusion, Stage
 from serve_app.gateway import lexical
 from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.deadline import Deadline
+from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.fusion import best_first, fuse
 from serve_app.gateway.pipeline import StageFailure, run
 from serve_app.gateway.scripts import foreign_letter
-from serve_app.reranker.messages import ScoreResult
+from serve_app.reranker.messages import EngineError, ScoreRequest, ScoreResult
 from serve_app.rollout.split import choose
 
 scores = st.floats(-50, 50, allow_nan=False)
@@ -219,11 +220,60 @@ def test_the_breaker_lets_one_call_at_a_time_through_until_one_succeeds():
 def test_calls_too_short_to_tell_anything_do_not_take_the_probe():
     clock = Clock()
     breaker = opened(clock)
-    clock.now += 1.01
     assert breaker.enter(can_probe=False) is None
+    clock.now += 1.01
+    assert breaker.enter(can_probe=False)
     probe = breaker.enter()
+    assert probe.is_probe
     breaker.settle(probe, None)
     assert breaker.enter(), "an undecided probe gives way at once"
+
+
+def test_calls_too_short_to_tell_anything_are_tried_once_a_second_and_one_that_succeeds_closes_the_breaker():
+    clock = Clock()
+    breaker = opened(clock)
+    for failed in (True, None, True):
+        clock.now += 1.01
+        tried = breaker.enter(can_probe=False)
+        assert tried
+        assert breaker.enter(can_probe=False) is None
+        breaker.settle(tried, failed)
+        assert breaker.enter(can_probe=False) is None
+    clock.now += 1.01
+    tried = breaker.enter(can_probe=False)
+    breaker.succeeded()
+    breaker.settle(tried, False)
+    assert breaker.enter(can_probe=False)
+    assert breaker.enter(can_probe=False)
+
+
+def test_a_variant_that_failed_under_short_deadlines_is_asked_again():
+    class Small(Fleet):
+        broken = True
+
+        async def _call(self, *question):
+            if self.broken:
+                raise EngineError("engine is dead")
+            return ScoreResult([0.5], [0.0], 1, 0, 0, "", 0.1)
+
+    async def score(fleet):
+        request = ScoreRequest(query="q", documents=["d"])
+        return await fleet.score("small", request, 32, timeout_s=0.45)
+
+    async def scenario():
+        clock, fleet = Clock(), Small()
+        fleet._breakers["small"] = Breaker(clock=clock)
+        for _ in range(3):
+            with pytest.raises(StageFailure, match="EngineError"):
+                await score(fleet)
+        fleet.broken = False
+        with pytest.raises(StageFailure, match="has not answered its last calls"):
+            await score(fleet)
+        clock.now += 1.01
+        assert (await score(fleet))[0].scores == [0.5]
+        assert (await score(fleet))[0].scores == [0.5]
+
+    asyncio.run(scenario())
 
 
 def test_stale_calls_do_not_end_a_probe():
