@@ -160,7 +160,9 @@ def _folder(args: RerankerArgs) -> tuple[Path, str | None]:
             f"model is {name!r}, which is neither a folder here nor a hub id; allowed: owner/name on the hub, "
             "a path, or package:<python package>/<path inside it>"
         )
-    return _download(name, args.revision)
+    # Python files only where the operator lets the engine run them.
+    own_code = ["*.py"] if args.engine.get("trust_remote_code") else []
+    return _download(name, args.revision, [*_SAFE_FILES, *own_code])
 
 
 def _in_package(name: str) -> Path:
@@ -175,7 +177,7 @@ def _in_package(name: str) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:
     """The snapshot's folder and its commit. Honours HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -186,11 +188,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=_SAFE_FILES, ignore_patterns=["onnx/*"])
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["onnx/*"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SAFE_FILES, "*.bin"]))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*files, "*.bin"]))
     except GatedRepoError as error:
         raise OSError(
             f"model is {name!r}, which needs a grant on the hub; set HF_TOKEN ({_line(error)})"

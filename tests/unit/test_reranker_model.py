@@ -1,5 +1,6 @@
 """Where models come from, which engine arguments there are, and what scores are made of."""
 
+import fnmatch
 import json
 import math
 import subprocess
@@ -103,6 +104,27 @@ def test_a_hub_model_s_revision_is_its_commit(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = resolve(args("Qwen/Qwen3-Reranker-0.6B", revision="main"))
     assert (model.revision, asked["name"], asked["revision"]) == (commit, "Qwen/Qwen3-Reranker-0.6B", "main")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_hub_model_s_own_code_comes_only_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, trusted: bool
+) -> None:
+    import huggingface_hub
+
+    hub = {"config.json": json.dumps(QWEN), "modeling_own.py": "", weights: "w"}
+
+    def download(name: str, allow_patterns: list[str], **settings: Any) -> str:
+        (tmp_path / "c0").mkdir(exist_ok=True)
+        for file, content in hub.items():
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / "c0" / file).write_text(content)
+        return str(tmp_path / "c0")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = resolve(args("someone/own", engine={"trust_remote_code": trusted})).folder
+    assert {path.name for path in folder.iterdir()} == set(hub) - (set() if trusted else {"modeling_own.py"})
 
 
 @pytest.mark.parametrize(
