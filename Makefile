@@ -40,8 +40,11 @@ index: setup
 serve: setup index
 	exec $(BIN)/serve-app up $(CONFIG) $(if $(PORT),--port $(PORT))
 
+# Either environment's command finds what the other's serves.
 stop:
-	if [ -x $(BIN)/serve-app ]; then $(BIN)/serve-app down $(if $(PORT),--port $(PORT)); fi
+	for bin in .venv/bin .venv-gpu/bin; do \
+	  if [ -x $$bin/serve-app ]; then exec $$bin/serve-app down $(if $(PORT),--port $(PORT)); fi; \
+	done
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

@@ -123,6 +123,18 @@ def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path
             serving.clean_up()
 
 
+@pytest.mark.parametrize("made", [(".venv",), (".venv-gpu",), (".venv", ".venv-gpu"), ()])
+def test_make_stop_needs_only_one_of_the_environments(tmp_path, made):
+    for name in made:
+        command = tmp_path / name / "bin" / "serve-app"
+        command.parent.mkdir(parents=True)
+        command.write_text('#!/bin/sh\necho "$@"\n')
+        command.chmod(0o755)
+    stop = ["make", "-f", ROOT / "Makefile", "stop", "PORT=8080"]
+    stopped = subprocess.run(stop, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert stopped.stdout == ("down --port 8080\n" if made else "")
+
+
 def serve_app(*arguments, **kwargs):
     command = [str(ROOT / ".venv/bin/serve-app"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, **kwargs)
