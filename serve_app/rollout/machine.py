@@ -102,13 +102,15 @@ class Change:
 
 
 def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | None:
-    """The next state by itself; None when it stays. A look that only counts failures changes the state, not its
-    status."""
+    """The next state by itself; None when it stays. A look that only counts failures, or that finds the clock set
+    back, changes the state, not its status."""
     now = facts.now
     if state.finished:
         return None
     if state.status == "pending":
         return Change(State("warming", since=now, window_from=now), "the controller has taken it up")
+    if now < state.since:
+        return Change(_set_back(state, now), "")
     if state.status == "warming":
         if not facts.not_ready:
             return _enter(document, state, 0, now, "the canary's variants have replicas")
@@ -203,6 +205,12 @@ def _enter(document: RolloutDocument, state: State, index: int, now: float, reas
     if entered.status == "step" and entered.weight == 0 and document.shadow > 0:
         entered = replace(entered, status="shadowing")
     return Change(entered, reason)
+
+
+def _set_back(state: State, now: float) -> State:
+    """Begun now: what was to be waited for, and a window that had not begun, would wait for the clock."""
+    until = None if state.until is None else now + (state.until - state.since)
+    return replace(state, since=now, until=until, window_from=min(state.window_from, now))
 
 
 def _promoted(state: State, now: float) -> State:

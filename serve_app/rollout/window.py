@@ -35,6 +35,9 @@ class Window:
         if now >= self._again_at:
             self._again_at = float("inf")
             self._start()
+        if int(now) - _SETTLED_S < self._settled[0]:
+            # Just begun; or the clock was set back, and settled buckets get calls once more.
+            self._start()
         start, sides = self._settled
         settled_before, settled = max(start, int(now) - _SETTLED_S), None
         for report in self._reports(store, rollout_id, start, int(now)):
@@ -65,6 +68,7 @@ def clicks(store: Store, rollout_id: str, document: RolloutDocument, now: float)
         return []
     blocks: dict[int, dict[str, Clicks]] = {}
     for counts in store.event_counts(rollout_id):
-        if (counts.minute + 1) * 60 + _CLICKS_AFTER_S < now:
+        # One that lies ahead was counted before the clock was set back.
+        if abs(now - (counts.minute + 1) * 60) > _CLICKS_AFTER_S:
             blocks.setdefault(counts.minute, {})[counts.role] = Clicks(list(counts.by_rank))
     return [(block.get("canary", Clicks()), block.get("stable", Clicks())) for _, block in sorted(blocks.items())]

@@ -206,6 +206,38 @@ def test_time_is_up_for_an_analysis_is_inconclusive_and_says_what_was_open():
     assert at(run.look("pass")) == ("paused", 2, 5)
 
 
+@pytest.mark.parametrize(("step", "waits_s", "then"), [(1, 60, ("inconclusive", 1, 5)), (2, 30, ("step", 3, 50))])
+def test_a_clock_set_back_begins_a_wait_anew(step, waits_s, then):
+    run = Run(document()).to_step(step)
+    before = run.state
+    assert at(run.look(after_s=-3600)) == at(before)
+    assert (run.state.since, run.state.until) == (run.now, run.now + waits_s)
+    assert at(run.look(after_s=waits_s - 1)) == at(before)
+    assert at(run.look()) == then
+
+
+def test_a_clock_set_back_ends_no_waiting_for_a_replica():
+    run = Run(document())
+    run.look()
+    run.look(not_ready=("large",), after_s=-3600)
+    run.look(not_ready=("large",), after_s=WARMING_LIMIT_S - 1)
+    assert run.state.status == "warming"
+    assert run.look(not_ready=("large",), after_s=2).status == "rolled_back"
+
+
+def test_a_clock_set_back_leaves_a_window_that_has_begun_and_begins_any_other():
+    run = Run(document()).to_step(2)
+    begun = run.state.window_from
+    run.look(after_s=-1.5)
+    assert run.state.since == run.now > begun
+    assert run.state.window_from == begun
+    run.look("fail", after_s=-3600)
+    # The verdicts were of another window.
+    assert (run.state.window_from, run.state.streaks) == (run.now, {"error_rate": 0})
+    run.look("fail")
+    assert run.look("fail").status == "rolled_back"
+
+
 def test_an_analysis_without_any_calls_says_so():
     run = Run(document()).to_step(1)
     assert run.look(after_s=100, new=False).status == "inconclusive"

@@ -12,19 +12,22 @@ import pytest
 from serve_app.gateway.rollouts import deployed
 from serve_app.rollout import controller as module
 from serve_app.rollout.controller import Controller
+from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.machine import State
 from serve_app.rollout.messages import News
 from serve_app.rollout.store import (
     Command,
+    Event,
     Report,
     Rollout,
+    Search,
     Store,
     StoreUnavailable,
     Transition,
     open_store,
 )
-from serve_app.rollout.window import Window
+from serve_app.rollout.window import Window, clicks
 from tests.processes.rollout_gateway import settings
 
 ROUTES = ("a", "b", "c")
@@ -261,6 +264,63 @@ def test_a_window_reads_settled_buckets_once(store: Store, monkeypatch: pytest.M
     for i in range(5):
         assert window.read(store, "r", now + i)[0].calls == 199
     assert sum(took) < 199 + 4 * 10
+
+
+def test_a_window_counts_calls_after_the_clock_was_set_back(store: Store) -> None:
+    store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
+    now = time.time()
+    window = Window(now - 1000, now)
+    store.add_figures([report("r", "canary", int(now) - 900 + 5 * i, i) for i in range(180)])
+    assert window.read(store, "r", now + 40)[0].calls == 180
+    # Ten minutes back, into buckets that there are already, and on from there.
+    for i in range(1, 130):
+        later = now - 600 + 5 * i
+        store.add_figures([report("r", "canary", int(later), 1000 + i)])
+        assert window.read(store, "r", later)[0].calls == 180 + i
+
+
+def test_a_failing_canary_is_found_although_the_clock_was_set_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TICK_S", 0.01)
+    clock, back_s = time.time, 0.0
+    monkeypatch.setattr(module.time, "time", lambda: clock() - back_s)
+
+    async def scenario() -> None:
+        nonlocal back_s
+        controller = await heard(store)
+        running = asyncio.create_task(controller.run())
+
+        async def until(condition: Callable[[], Any]) -> None:
+            deadline = time.monotonic() + 20
+            while not condition():
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+
+        judged = await start(controller, **JUDGED)
+        await until(lambda: store.get(judged).state["step"] == 1)
+        back_s = 3600
+        await until(lambda: store.get(judged).state["window_from"] < time.time())
+        failing(store, judged)
+        await until(lambda: store.get(judged).state["streaks"])
+        failing(store, judged)
+        await until(lambda: status(store, judged) == "rolled_back")
+        running.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_clicks_after_the_clock_was_set_back_are_judged(store: Store) -> None:
+    document = RolloutDocument.model_validate(
+        {"route": "a", "stable": "stable", "canary": "canary", "guards": {"ctr_at_1": {}}}
+    )
+    now = time.time() // 60 * 60
+    store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
+    store.add_searches([Search(f"q{i}", "r", "canary", now - 60 * i) for i in range(20)])
+    store.add_events([Event(f"e{i}", f"q{i}", "impression") for i in range(20)])
+    # Of minutes that are long past or lie far ahead all is known; those about now may get more.
+    for at, complete in ((now, 16), (now - 600, 15), (now - 7200, 20)):
+        assert len(clicks(store, "r", document, at)) == complete
 
 
 # ---- what is in force
