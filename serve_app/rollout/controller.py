@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 from pydantic import ValidationError
@@ -185,8 +186,8 @@ class Controller:
             )
         over_it = [
             later.id
-            for later in self.store.recent(100, rollout.route)
-            if _is_promoted(later) and later.id != rollout.id and later.spec["stable"] == rollout.spec["canary"]
+            for later in takewhile(lambda later: later.id != rollout.id, self.store.recent(100, rollout.route))
+            if _is_promoted(later) and later.spec["stable"] == rollout.spec["canary"]
         ]
         if over_it:
             raise RefusedError(f"{over_it[0]!r} was promoted over this rollout's canary; undo that first")

@@ -407,6 +407,24 @@ def test_a_promotion_under_another_one_cannot_be_undone_before_that(store: Store
     asyncio.run(scenario())
 
 
+def test_promotions_that_swap_back_and_forth_can_be_undone_the_last_one_first(store: Store) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        promoted: list[str] = []
+        for stable, canary in (("stable", "canary"), ("canary", "stable"), ("stable", "canary")):
+            promoted.append(
+                await start(controller, stable=stable, canary=canary, steps=UP["steps"], guards=GUARDS)
+            )
+            await ticks_until(controller, lambda: status(store, promoted[-1]) == "promoted")
+        for lower, upper in ((0, 1), (1, 2)):
+            refusal = await act(controller, promoted[lower], "undo")
+            assert refusal == f"{promoted[upper]!r} was promoted over this rollout's canary; undo that first"
+        for rollout in reversed(promoted):
+            assert await act(controller, rollout, "undo") is None
+
+    asyncio.run(scenario())
+
+
 def test_what_gets_calls_is_known_at_once_after_a_promotion(store: Store) -> None:
     async def scenario() -> None:
         controller, other = await heard(store), await heard(store)
