@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -29,7 +30,7 @@ from serve_app.gateway.limits import limit
 from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
-from serve_app.gateway.service import Service
+from serve_app.gateway.service import Kind, Service
 from serve_app.logs import name_call
 
 logger = logging.getLogger("ray.serve")
@@ -189,14 +190,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         ready, body = service.readiness()
         return _json(body, 200 if ready else 503)
 
-    async def read_and_answer(
-        request: Request,
-        model: type[B] | None,
-        reply: Callable[[B | None], Awaitable[Any]],
-        needs_key: bool = True,
-    ) -> Response:
-        return await _answer(service, observe, request, model, reply, needs_key)
-
+    read_and_answer = partial(_answer, service, observe)
     add_control(app, service, read_and_answer, _takes)
     add_fleet(app, read_and_answer, _takes)
 
@@ -226,18 +220,22 @@ async def _answer(
     request: Request,
     model: type[B] | None,
     answer: Callable[[Any], Awaitable[Any]],
-    needs_key: bool = True,
+    kind: Kind = "calls",
+    check: Callable[[Request], None] | None = None,
 ) -> Response:
     """Reads the body as `model` (None: there is none), answers with what `answer` makes of it; whatever goes wrong
-    has the one body."""
+    has the one body. `check` lets the caller in or raises ApiError; without it, an API key does."""
     request_id = _request_id(request)
     began = time.monotonic()
     response = Response(status_code=400)
     entered = False
     try:
-        # Before anything is read of a stranger's body.
-        request.state.key = service.keys.check(request.headers.get("authorization", "")) if needs_key else None
-        service.enter()
+        # Before anything is read of a stranger's body, or held for it.
+        if check is None:
+            request.state.key = service.keys.check(request.headers.get("authorization", ""))
+        else:
+            check(request)
+        service.enter(kind)
         entered = True
         body = None if model is None else await _read(request, model, service.settings.limits.max_body_bytes)
         response = _json(await answer(body))
@@ -252,7 +250,7 @@ async def _answer(
         response = _error(fault, request_id)
     finally:
         if entered:
-            service.leave()
+            service.leave(kind)
     call, reports = getattr(request.state, "ran", (None, ()))
     # For dialects whose answers have no room for it.
     if without := [f"{report.name} {report.failure.reason}" for report in reports if report.failure]:

@@ -19,6 +19,8 @@ from serve_app.rollout.store import Event
 
 _ACTIONS = ("pause", "resume", "promote", "abort", "undo")
 _MAX_EVENTS = 1000
+# Nobody looks at their answer; who sends them tries again.
+_EVENTS_TIMEOUT_S = 3.0
 
 
 class RolloutBody(RootModel[dict[str, Any]]):
@@ -70,11 +72,10 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
     def guarded(ask: Callable[[Request, Any], Awaitable[Reply]], body: type[BaseModel] | None = None) -> Any:
         async def endpoint(request: Request) -> Response:
             async def reply(read: Any) -> dict[str, Any]:
-                check_admin(request)
                 return _body(await ask(request, read))
 
             # The admin key is all that operators need.
-            return await answer(request, body, reply, False)
+            return await answer(request, body, reply, "operators", check_admin)
 
         return endpoint
 
@@ -112,10 +113,11 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
             kinds = {"click": "click", "impression": "impression", "view": "impression"}
             counted = [_event(e, kinds[e.action_name]) for e in body.events if e.action_name in kinds]  # type: ignore[arg-type]
             raw = [json.dumps(event.model_dump(exclude_unset=True), ensure_ascii=False) for event in body.events]
-            answered = _body(await service.rollouts.ask("events", counted, raw))
+            _check_running(service)
+            answered = _body(await service.rollouts.ask("events", counted, raw, timeout_s=_EVENTS_TIMEOUT_S))
             return {**answered, "ignored": len(body.events) - len(counted)}
 
-        return await answer(request, EventsBody, reply)
+        return await answer(request, EventsBody, reply, "events")
 
 
 def check_admin(request: Request) -> None:
@@ -127,6 +129,13 @@ def check_admin(request: Request) -> None:
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), key.encode()):
         raise ApiError("unauthorized", "give the admin key: Authorization: Bearer KEY")
+
+
+def _check_running(service: Service) -> None:
+    """Raises ApiError where the rollout application is known to have no replica."""
+    app, fleet = service.settings.rollout, service.fleet
+    if app is not None and fleet.apps is not None and not fleet.running(app, "Rollout"):
+        raise ApiError("unavailable", f"the rollout application {app} has no replica", retry_after_s=5)
 
 
 def _operator(request: Request) -> str:

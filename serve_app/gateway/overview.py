@@ -141,7 +141,7 @@ def add_fleet(
 
     @app.get("/v1/fleet", **takes(None, FleetAnswer, "What runs, and how busy it is"))
     async def fleet(request: Request) -> Response:
-        return await answer(request, None, lambda _: overview.answer())
+        return await answer(request, None, lambda _: overview.answer(), "fleet")
 
 
 # ---- pure

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -30,6 +31,11 @@ logger = logging.getLogger("ray.serve")
 
 # Blank documents are put this much below the worst of the others.
 _BELOW = 1e-6
+# What is asked of a gateway, each kind with places of its own: events that wait for the rollout application keep
+# no search out, and searches no operator who would relieve them.
+Kind = Literal["calls", "operators", "events", "fleet"]
+# Places of each kind but `calls`, which have limits.max_concurrent_calls.
+_BESIDE_CALLS = 32
 # Queries of one score call that are under way at once.
 _QUERIES_AT_ONCE = 8
 # Engines take lower numbers first.
@@ -50,7 +56,7 @@ class Service:
         self._settings: GatewaySettings | None = None
         # What is wrong with settings that were refused while older ones stay in force.
         self.settings_error: str | None = None
-        self._calls = 0
+        self._under_way: Counter[Kind] = Counter()
 
     @property
     def settings(self) -> GatewaySettings:
@@ -75,19 +81,19 @@ class Service:
             logger.error("settings refused, the old ones stay in force:\n%s", message)
             self.settings_error = message
 
-    def enter(self) -> None:
-        """Counts a call in; raises ApiError when too many are under way. Every call that entered must leave."""
-        allowed = self.settings.limits.max_concurrent_calls
-        if self._calls >= allowed:
-            raise ApiError(
-                "too_many_requests",
-                f"{self._calls} calls are under way; limits.max_concurrent_calls is {allowed}",
-                retry_after_s=1,
-            )
-        self._calls += 1
+    def enter(self, kind: Kind = "calls") -> None:
+        """Counts a call in; raises ApiError when too many of its kind are under way. Every call that entered must
+        leave."""
+        under_way, limits = self._under_way[kind], self.settings.limits
+        allowed = limits.max_concurrent_calls if kind == "calls" else _BESIDE_CALLS
+        if under_way >= allowed:
+            what = "limits.max_concurrent_calls is" if kind == "calls" else f"allowed for {kind}:"
+            message = f"{under_way} calls are under way; {what} {allowed}"
+            raise ApiError("too_many_requests", message, retry_after_s=1)
+        self._under_way[kind] += 1
 
-    def leave(self) -> None:
-        self._calls -= 1
+    def leave(self, kind: Kind = "calls") -> None:
+        self._under_way[kind] -= 1
 
     def spend(self, key: Key | None, pairs: int) -> None:
         """Counts `pairs` against the rate of the key. Raises ApiError."""

@@ -308,7 +308,7 @@ def test_a_body_that_trickles_in_gives_its_place_up(monkeypatch):
     response = gateway.request("POST", "/v1/search", content=body())
     assert response.status_code == 408
     assert response.json()["error"]["code"] == "body_too_slow"
-    assert gateway.service._calls == 0
+    assert gateway.service._under_way["calls"] == 0
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "9" * 12, "²"])

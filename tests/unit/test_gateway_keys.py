@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from serve_app.access import API_KEYS, API_KEYS_FILE
+from serve_app.access import ADMIN_KEY, API_KEYS, API_KEYS_FILE
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.keys import Keys, KeysError, hashed, new_key
 from tests.unit.gateway_double import Gateway
@@ -159,18 +159,33 @@ def test_keys_without_a_rate_are_not_counted(keys_file):
         known.spend(known.check(bearer(SHOP)), 10**6)
 
 
-def test_the_gateway_asks_for_a_key_before_it_reads_the_body(keys_file):
+def test_the_gateway_asks_for_a_key_before_it_reads_the_body(keys_file, monkeypatch):
+    monkeypatch.setenv(ADMIN_KEY, "the operators' key")
     gateway = Gateway()
     gateway.service.keys = keys(keys_file)
     body = {"query": "cats", "documents": ["document number 1"]}
-    for path in ("/v1/rerank", "/v2/rerank", "/v1/search", "/v1/score", "/v1/events"):
-        refused = gateway.post(path, b"not even JSON")
+    read = []
+
+    async def trickles():
+        read.append(True)
+        yield b"{"
+
+    for path in posts(gateway):
+        refused = gateway.request("POST", path, content=trickles())
         assert refused.status_code == 401, path
         assert refused.json()["error"]["code"] == "unauthorized"
+    assert not read
     assert gateway.request("GET", "/v1/models").status_code == 401
     assert gateway.request("GET", "/healthz").status_code == 200
     assert gateway.post("/v1/rerank", body, {"Authorization": bearer(SHOP)}).status_code == 200
     assert gateway.request("GET", "/v1/models", headers={"Authorization": bearer(SHOP)}).status_code == 200
+
+
+def posts(gateway):
+    """All paths that take a POST."""
+    found = {route.path for route in gateway.app.routes if "POST" in getattr(route, "methods", ())}
+    assert {"/v1/search", "/rerank", "/v1/events", "/v1/rollouts", "/v1/rollouts/{rollout}/{action}"} <= found
+    return found
 
 
 def test_a_key_over_its_rate_gets_429_and_others_go_on(keys_file):

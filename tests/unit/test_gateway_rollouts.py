@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.access import ADMIN_KEY
 from serve_app.config import GatewaySettings
 from serve_app.gateway import rollouts as module
 from serve_app.gateway.app import create_app
@@ -21,8 +22,9 @@ from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.service import Service
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
 from serve_app.rollout.figures import Figures
-from serve_app.rollout.messages import News, Splits
+from serve_app.rollout.messages import News, Reply, Splits
 from serve_app.rollout.split import Place, Split
+from serve_app.status import AppStatus
 from tests.processes.rollout_process import until
 from tests.unit.gateway_double import DOCUMENTS, FleetDouble
 
@@ -45,7 +47,8 @@ def split(weight: float = 100, shadow: float = 0.0, rollout: str = "r1", live: b
 
 
 class Fleet(FleetDouble):
-    """`does` says what a variant does before it answers. `news` is what the rollout application heard."""
+    """`does` says what a variant does before it answers. `news` is what the rollout application heard, `questions`
+    what operators and events asked it, with how long they wait; events are answered once `stored` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +59,8 @@ class Fleet(FleetDouble):
         self.splits = Splits()
         self.news: list[News] = []
         self.away: Callable[[], Awaitable[None]] | None = None
+        self.questions: list[tuple[str, float]] = []
+        self.stored = asyncio.Event()
 
     async def score(
         self, variant: str, request: ScoreRequest, pairs_per_call: int, timeout_s: float, **more: Any
@@ -71,6 +76,11 @@ class Fleet(FleetDouble):
             self.at_once[variant] -= 1
 
     async def ask(self, app: str, method: str, *arguments: Any, timeout_s: float) -> Any:
+        if method != "exchange":
+            self.questions.append((method, timeout_s))
+            if method == "events":
+                await self.stored.wait()
+            return Reply()
         (news,) = arguments
         self.news.append(news)
         splits = self.splits
@@ -412,6 +422,59 @@ def test_a_mirrored_call_that_fails_counts_unless_the_canary_was_busy(
             mirror = (await gateway.counted())["canary"].mirror
             assert (mirror.calls, mirror.errors + mirror.degraded) == ((1, 1) if counts else (0, 0))
             assert mirror.degraded == (counts and how in ("raises", "hangs"))
+
+    asyncio.run(scenario())
+
+
+# ---- operators and events
+
+
+async def send(gateway: Gateway) -> httpx.Response:
+    event = {"action_name": "click", "query_id": "q1"}
+    return await gateway.client.post("/v1/events", json={"events": [event]})
+
+
+async def abort(gateway: Gateway) -> httpx.Response:
+    return await gateway.client.post("/v1/rollouts/r1/abort", headers={"Authorization": "Bearer secret"})
+
+
+def test_searches_events_and_operators_keep_each_other_from_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ADMIN_KEY, "secret")
+    monkeypatch.setattr("serve_app.gateway.service._BESIDE_CALLS", 1)
+
+    async def scenario() -> None:
+        async with Gateway() as gateway:
+            gateway.service.configure({**SETTINGS, "limits": {"max_concurrent_calls": 1}})
+            waiting = asyncio.create_task(send(gateway))
+            await until(lambda: gateway.fleet.questions, "events that wait")
+            assert (await gateway.search()).status_code == 200
+            assert (await abort(gateway)).status_code == 200
+            refused = await send(gateway)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            assert "allowed for events: 1" in refused.json()["message"]
+            gateway.fleet.stored.set()
+            assert (await waiting).status_code == 200
+            gateway.service.enter()
+            assert (await gateway.search()).status_code == 429
+            assert (await abort(gateway)).status_code == 200
+            assert (await send(gateway)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_events_do_not_wait_for_a_rollout_application_that_is_not_there() -> None:
+    async def scenario() -> None:
+        async with Gateway() as gateway:
+            gateway.fleet.stored.set()
+            for apps in ({}, {"rollouts": AppStatus("DEPLOYING", {"Rollout": 0})}):
+                gateway.fleet.apps = apps
+                refused = await send(gateway)
+                assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+            assert not gateway.fleet.questions
+            gateway.fleet.apps = {"rollouts": AppStatus("RUNNING", {"Rollout": 1})}
+            assert (await send(gateway)).status_code == 200
+            ((_, waits_s),) = gateway.fleet.questions
+            assert waits_s <= 3
 
     asyncio.run(scenario())
 
