@@ -53,6 +53,11 @@ def test_no_build_tools_in_the_last_layers_and_no_root(target: str) -> None:
     assert [line for line in layers(target) if line.startswith("USER")] == ["USER 1000:1000"]
 
 
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_container_sees_no_gpu_that_it_was_not_given(target: str) -> None:
+    assert not [line for line in layers(target) if "NVIDIA_VISIBLE_DEVICES" in line]
+
+
 def test_what_is_copied_is_there_and_reaches_the_build() -> None:
     ignored = (DOCKER / "Dockerfile.dockerignore").read_text().split()
     let_in = [line.removeprefix("!") for line in ignored if line.startswith("!")]
