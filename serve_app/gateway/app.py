@@ -296,7 +296,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
     user = getattr(body, "user", None) or _header_user(settings, request, named_route or body.model)
     plan = resolve(settings, body.model, named_route, user, service.rollouts.of)
     asked_ms = body.timeout_ms or _header_timeout_ms(request)
-    return Call(
+    call = Call(
         request_id=_request_id(request),
         settings=settings,
         plan=plan,
@@ -306,6 +306,9 @@ def _call(service: Service, request: Request, body: Any) -> Call:
         max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
         fresh="no-cache" in re.split(r"[\s,]+", request.headers.get("cache-control", "").lower()),
     )
+    # Whatever becomes of it, it was the route's.
+    request.state.ran = call, ()
+    return call
 
 
 def _header_user(settings: GatewaySettings, request: Request, route: str | None) -> str | None:

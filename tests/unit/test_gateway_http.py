@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from serve_app.gateway.app import create_app
 from serve_app.gateway.errors import CODES
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.reranker.messages import PromptTooLongError
@@ -341,6 +342,23 @@ def test_a_fault_of_ours_is_a_500_that_gives_nothing_away():
     response = Gateway(FleetDouble(scores)).post("/v1/search", {"query": "q"})
     assert response.status_code == 500
     assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(("reason", "status"), [("timeout", 504), ("unavailable", 503), (None, 500)])
+def test_calls_that_fail_are_told_of_with_their_route(reason, status):
+    def recalls(request):
+        raise StageFailure(reason, "catalogue is gone") if reason else RuntimeError
+
+    told = []
+    gateway = Gateway()
+    gateway.fleet.recalls = recalls
+    gateway.app = create_app(gateway.service, lambda *call: told.append(call))
+    gateway.post("/v1/search", {"query": "cats"})
+    gateway.post("/v1/search", {"query": "cats", "model": "nope"})
+    (path, seen, _, call, reports), unresolved = told
+    assert (path, seen, call.plan.route, call.plan.pipeline) == ("/v1/search", status, "default", "one")
+    assert not reports
+    assert unresolved[1:4:2] == (404, None)
 
 
 def test_models_lists_every_name(gateway):
