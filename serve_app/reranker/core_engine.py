@@ -54,8 +54,6 @@ class CoreEngine(ABC):
         self._waiting: dict[str, tuple[_Call, int]] = {}
         self._error: str | None = None
         self._watchdog = Watchdog(self.max_batch_tokens)
-        self._ping: asyncio.Task[None] | None = None
-        self._pinged_at = 0.0
 
     async def pool(
         self, prompts: Sequence[Prompt], *, priority: int = 0, scored: Callable[[int], None] = lambda tokens: None
@@ -83,12 +81,7 @@ class CoreEngine(ABC):
     async def check_health(self) -> None:
         if self._error is not None:
             raise EngineError(f"engine is dead: {self._error}")
-        if self._ping is None or self._ping.done():
-            self._pinged_at = time.monotonic()
-            self._ping = asyncio.create_task(self._answers())
-        waited_s, limit_s = time.monotonic() - self._pinged_at, self._watchdog.limit_s()
-        if waited_s > limit_s:
-            raise EngineError(f"engine hangs: a step has taken {waited_s:.0f} s, limit {limit_s:.0f} s")
+        self._watchdog.check(self._answers)
 
     def unfinished(self) -> int:
         return len(self._waiting)

@@ -86,8 +86,10 @@ class Reranker:
             args, self._model, self._engine.dtype, self._max_model_len, _software()
         )
         self._meter = LoadMeter(self._engine.max_batch_tokens)
-        await self.score(ScoreRequest(query="warm", documents=["up"], timeout_s=300))
-        # The first batch is slower than any later one.
+        # The first batch is slower than any later one; by the second the engine's watchdog knows how fast it is.
+        # Of the same query, the prefix cache would leave little to read.
+        for query in ("warm", "up"):
+            await self.score(ScoreRequest(query=query, documents=["up " * 100], timeout_s=300))
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         self._reporting = asyncio.get_running_loop().create_task(report_load(self._meter))
         logger.info(

@@ -1,6 +1,7 @@
 """vLLM's asynchronous engine through its public interface alone: slower, for versions whose core is another."""
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from serve_app.reranker.engine import Pooled, Task, line, vllm_args
 from serve_app.reranker.messages import EngineError
 from serve_app.reranker.prompt import Prompt
+from serve_app.reranker.watchdog import Watchdog
 
 
 class PublicEngine:
@@ -27,6 +29,8 @@ class PublicEngine:
         self.dtype: str = str(config.model_config.dtype).removeprefix("torch.")
         self._params_type, self._task = PoolingParams, task
         self._priorities = config.scheduler_config.policy == "priority"
+        self._watchdog = Watchdog(self.max_batch_tokens)
+        self._waiting = 0
 
     async def pool(
         self, prompts: Sequence[Prompt], *, priority: int = 0, scored: Callable[[int], None] = lambda tokens: None
@@ -36,15 +40,22 @@ class PublicEngine:
         call = uuid.uuid4().hex
 
         async def one(prompt: Prompt, request_id: str) -> tuple[npt.NDArray[np.float32], int]:
-            result = await self._one(prompt, request_id, priority)
+            vector, cached = await self._one(prompt, request_id, priority)
+            self._watchdog.read(len(prompt.ids) - cached)
             scored(len(prompt.ids))
-            return result
+            return vector, cached
 
+        self._waiting += len(prompts)
+        self._watchdog.working()
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(prompt, f"{call}-{i}")) for i, prompt in enumerate(prompts)]
         except ExceptionGroup as errors:
             raise EngineError(f"engine failed: {line(errors.exceptions[0])}") from errors.exceptions[0]
+        finally:
+            self._waiting -= len(prompts)
+            if not self._waiting:
+                self._watchdog.idle()
         results = [task.result() for task in tasks]
         return Pooled(np.stack([vector for vector, _ in results]), sum(cached for _, cached in results))
 
@@ -53,12 +64,17 @@ class PublicEngine:
             await self._llm.check_health()
         except Exception as error:
             raise EngineError(f"engine is dead: {line(error)}") from error
+        self._watchdog.check(self._answers)
 
     def unfinished(self) -> int:
         return int(self._llm.get_num_unfinished_requests())
 
     def close(self) -> None:
         self._llm.shutdown(timeout=5)
+
+    async def _answers(self) -> None:
+        with contextlib.suppress(Exception):
+            await self._llm.is_sleeping()
 
     async def _one(self, prompt: Prompt, request_id: str, priority: int) -> tuple[npt.NDArray[np.float32], int]:
         kinds = None if prompt.second_from is None else {"compressed_token_type_ids": prompt.second_from}

@@ -313,9 +313,9 @@ def hanging(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         running.core().send_signal(signal.SIGCONT)
 
 
-def test_a_hanging_step_is_no_health_until_it_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = running.engine
-    assert isinstance(engine, CoreEngine)
+def test_a_hanging_step_is_no_health_until_it_ends(any_kind: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = any_kind.engine
+    assert isinstance(engine, CoreEngine | PublicEngine)
     assert engine._watchdog.limit_s() >= 60
     monkeypatch.setattr(engine._watchdog, "limit_s", lambda: 0.5)
 
@@ -331,7 +331,7 @@ def test_a_hanging_step_is_no_health_until_it_ends(running: Running, monkeypatch
 
     async def hang() -> None:
         await until(well)
-        with hanging(running, monkeypatch):
+        with hanging(any_kind, monkeypatch):
             call = asyncio.create_task(engine.pool(prompts(5)))
             # Also when the calls that met it have been given up.
             late = asyncio.create_task(engine.pool(prompts(5)))
@@ -341,7 +341,7 @@ def test_a_hanging_step_is_no_health_until_it_ends(running: Running, monkeypatch
         assert (await call).vectors.shape == (5, 1)
         await until(well)
 
-    running.run(hang())
+    any_kind.run(hang())
 
 
 def test_engines_leave_the_logs_of_others_open(
