@@ -1,6 +1,8 @@
 """The files for Ray's cluster launcher, as Ray itself checks them before it starts anything."""
 
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,24 @@ def test_ray_takes_the_file_and_starts_with_the_environment(launcher: dict[str, 
         assert command.index(". cluster/ray/environment") < command.index("ray start")
         subprocess.run(["bash", "-n", "-c", command], check=True, timeout=10)
     assert "--num-cpus=0" in launcher["head_start_ray_commands"][0]
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "configs" / "fleet.yaml"], ids=lambda path: path.stem)
+def test_the_config_that_is_deployed_listens_for_other_machines(path: Path, tmp_path: Path) -> None:
+    (command,) = re.findall(r"sed .* > \.run/fleet\.yaml", path.read_text())
+    (tmp_path / ".run").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=10)
+    made, source = load(tmp_path / ".run" / "fleet.yaml"), load(ROOT / "configs" / "fleet.yaml")
+    assert made.host == "0.0.0.0"
+    assert made.applications == source.applications
+    assert "serve deploy .run/fleet.yaml" in path.read_text()
+
+
+def test_the_autoscaler_on_aws_has_boto3_and_no_other_python_does(launcher: dict[str, Any]) -> None:
+    if launcher["provider"]["type"] == "aws":
+        commands = [command for command in launcher["head_setup_commands"] if "boto3" in command]
+        assert commands == ["serve-app/.venv/bin/pip install -q boto3"]
 
 
 def test_aws_has_room_for_the_fleet() -> None:
