@@ -31,7 +31,9 @@ def test_ray_takes_the_file_and_starts_with_the_environment(launcher: dict[str, 
     assert "--num-cpus=0" in launcher["head_start_ray_commands"][0]
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "configs" / "fleet.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*FILES, ROOT / "configs" / "fleet.yaml", ROOT / "README.md"], ids=lambda path: path.stem
+)
 def test_the_config_that_is_deployed_listens_for_other_machines(path: Path, tmp_path: Path) -> None:
     (command,) = re.findall(r"sed .* > \.run/fleet\.yaml", path.read_text())
     (tmp_path / ".run").mkdir()
