@@ -404,10 +404,8 @@ class Controller:
     def show_stored(self, rollout: Rollout) -> dict[str, Any]:
         """Everything about a rollout: its document, state, figures of the window, verdicts."""
         document, state = _parts(rollout)
-        now = time.time()
-        window = self._looks.window(rollout.id, state.window_from)
-        canary, stable = window.read(self.store, rollout.id, now)
-        clicked = clicks(self.store, rollout.id, document, now)
+        canary, stable = self._looks.figures(rollout.id, state.window_from)
+        clicked = clicks(self.store, rollout.id, document, time.time())
         return {
             **self._brief(rollout),
             "document": rollout.spec,

@@ -1,12 +1,14 @@
 """Gathers what looks need beside the controller's loop: what takes long, or never answers, holds up no rollout."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from serve_app.rollout.document import RolloutDocument
+from serve_app.rollout.figures import Figures
 from serve_app.rollout.guards import Verdict, judge
 from serve_app.rollout.store import Store
 from serve_app.rollout.window import Window, clicks
@@ -15,6 +17,8 @@ T = TypeVar("T")
 
 # Figures of so many rollouts are read at once, so that threads are left for the store's other calls.
 _READERS = 2
+# Windows that are kept to be shown: of rollouts that have ended, and where another controller looks.
+_SHOWN = 16
 
 # Variants of those given that have no running replica.
 NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
@@ -56,11 +60,13 @@ class Look:
 
 
 class Looks:
-    """A look for each rollout that is under way."""
+    """A look for each rollout that is under way, and the windows that were shown last."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._looks: dict[str, Look] = {}
+        self._shown: dict[str, Window] = {}
+        self._showing = threading.Lock()
         self._readers = asyncio.Semaphore(_READERS)
 
     async def look(
@@ -82,16 +88,31 @@ class Looks:
         look = self._looks.get(rollout_id)
         return look.verdicts if look else []
 
-    def window(self, rollout_id: str, since: float) -> Window:
-        """To be read beside the looks."""
+    def figures(self, rollout_id: str, since: float) -> tuple[Figures, Figures]:
+        """Canary's and stable's since that moment, read beside the looks, in any thread. Raises StoreError."""
         look = self._looks.get(rollout_id)
-        return look.window.copy() if look and look.window.since == since else Window(since, time.time())
+        window = look.window if look else self._shown.get(rollout_id)
+        window = window.copy() if window and window.since == since else Window(since, time.time())
+        sides = window.read(self._store, rollout_id, time.time())
+        self._keep(rollout_id, window)
+        return sides
 
     def forget(self, rollout_id: str) -> None:
-        self._looks.pop(rollout_id, None)
+        """It has ended: its figures are shown, and judged no more."""
+        if look := self._looks.pop(rollout_id, None):
+            self._keep(rollout_id, look.window.copy())
 
     def clear(self) -> None:
         self._looks.clear()
+        with self._showing:
+            self._shown.clear()
+
+    def _keep(self, rollout_id: str, window: Window) -> None:
+        with self._showing:
+            self._shown.pop(rollout_id, None)
+            self._shown[rollout_id] = window
+            if len(self._shown) > _SHOWN:
+                del self._shown[next(iter(self._shown))]
 
     async def _judged(
         self, window: Window, rollout_id: str, document: RolloutDocument

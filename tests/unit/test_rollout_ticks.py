@@ -91,6 +91,20 @@ def report(rollout: str, role: str, bucket: int, seq: int, calls: int = 1, error
     return Report(rollout, role, bucket, Figures(calls=calls, errors=errors).to_json(), "g", seq)
 
 
+def counted_reads(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many reports each read of figures gives from here on."""
+    read = store.figures
+    took: list[int] = []
+
+    def figures(*arguments: Any) -> list[Report]:
+        found = read(*arguments)
+        took.append(len(found))
+        return found
+
+    monkeypatch.setattr(store, "figures", figures)
+    return took
+
+
 def failing(store: Store, rollout: str) -> None:
     """Two looks' worth of calls that the canary failed, and stable didn't."""
     bucket = int(store.get(rollout).state["window_from"]) + 1
@@ -251,15 +265,7 @@ def test_a_window_reads_settled_buckets_once(store: Store, monkeypatch: pytest.M
     store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
     now = time.time()
     store.add_figures([report("r", "canary", int(now) - 5 * i, i) for i in range(1, 200)])
-    read = store.figures
-    took: list[int] = []
-
-    def figures(*arguments: Any) -> list[Report]:
-        found = read(*arguments)
-        took.append(len(found))
-        return found
-
-    monkeypatch.setattr(store, "figures", figures)
+    took = counted_reads(store, monkeypatch)
     window = Window(now - 1000, now)
     for i in range(5):
         assert window.read(store, "r", now + i)[0].calls == 199
@@ -306,6 +312,60 @@ def test_a_failing_canary_is_found_although_the_clock_was_set_back(
         failing(store, judged)
         await until(lambda: status(store, judged) == "rolled_back")
         running.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_figures_of_a_finished_rollout_are_added_up_once_however_often_they_are_shown(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = time.time() - 1000
+    state = State("rolled_back", 1, 0.0, since=begun + 900, window_from=begun).to_json()
+    spec = {"route": "a", "stable": "stable", "canary": "canary", **JUDGED}
+    for i in range(20):
+        store.create(Rollout(f"r{i}", "a", spec, state, finished=True), Transition("none", "rolled back", ""))
+        store.add_figures([report(f"r{i}", "canary", int(begun) + 1 + 5 * n, n) for n in range(100)])
+    took = counted_reads(store, monkeypatch)
+
+    async def scenario() -> None:
+        controller = await heard(store)
+
+        async def calls(rollout: str) -> int:
+            return int((await controller.show(rollout)).body["figures"]["canary"]["calls"])
+
+        assert [await calls("r0") for _ in range(5)] == [100] * 5
+        assert sum(took) == 100
+        # After so many others it isn't known any more.
+        for i in range(20):
+            assert await calls(f"r{i}") == 100
+        took.clear()
+        assert await calls("r0") == 100
+        assert sum(took) == 100
+
+    asyncio.run(scenario())
+
+
+def test_figures_that_were_judged_are_not_read_again_to_be_shown(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 3600)
+
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["step"] == 1)
+        bucket = int(store.get(rollout).state["window_from"]) + 1
+        store.add_figures([report(rollout, "stable", bucket + i, i) for i in range(100)])
+        # So much later that all of it is settled.
+        clock = time.time
+        monkeypatch.setattr(module.time, "time", lambda: clock() + 600)
+        took = counted_reads(store, monkeypatch)
+        await ticks_until(controller, lambda: 100 in took and took[-1] == 0)
+        took.clear()
+        assert await act(controller, rollout, "abort") is None
+        shown = (await controller.show(rollout)).body
+        assert (shown["status"], shown["figures"]["stable"]["calls"]) == ("aborted", 100)
+        assert not any(took)
 
     asyncio.run(scenario())
 
