@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 # What scripts may read of an answer, beyond its body.
-_EXPOSED = ("X-Request-Id", "Retry-After")
+_EXPOSED = ("X-Request-Id", "Retry-After", "X-Degraded")
 _PREFLIGHT_S = 600
 
 
