@@ -6,6 +6,7 @@ Text from a request is encoded by a `plain` tokenizer, so it holds no control to
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
@@ -126,6 +127,10 @@ class TextPrompts:
         self._plain = plain(tokenizer)
         self._query_prefix = query_prefix
         self._document_prefix = document_prefix
+        alone, before_a_word = encode_batch(self._plain, [document_prefix, f"{document_prefix}a"])
+        # Of a prefix that ends in a space, that space is part of the document's first token.
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, before_a_word, strict=False))
+        self._prefix_tokens = len(list(same))
         self._max_model_len = max_model_len
 
     def build(self, request: ScoreRequest) -> Prompts:
@@ -133,8 +138,12 @@ class TextPrompts:
         texts = [self._query_prefix + request.query, *(self._document_prefix + d for d in request.documents)]
         query, *documents = encode_batch(self._plain, texts)
         room = self._max_model_len - len(self._template)
-        _room(room + 1 - len(query), self._max_model_len, "query and template")
-        limit = min(room, request.max_tokens_per_doc or room)
+        if len(query) > room:
+            raise PromptTooLongError(
+                f"query and template take {len(self._template) + len(query)} of the model's {self._max_model_len} "
+                "tokens (max_model_len)"
+            )
+        limit = min(room, self._prefix_tokens + (request.max_tokens_per_doc or room))
         prompts = [_around(self._template, ids) for ids in [query, *(ids[:limit] for ids in documents)]]
         return Prompts(prompts, sum(len(ids) > limit for ids in documents))
 

@@ -189,6 +189,26 @@ def test_bi_encoders_get_their_prefixes_and_the_query_first() -> None:
     assert [prompt.ids for prompt in built.prompts] == expected
 
 
+@pytest.mark.parametrize("make", [wordpiece_tokenizer, unigram_tokenizer, qwen_tokenizer])
+@pytest.mark.parametrize("prefix", ["passage: ", "Document:\n", ""])
+def test_a_bi_encoder_s_prefix_is_none_of_a_document_s_tokens(
+    make: "functools._lru_cache_wrapper[Tokenizer]", prefix: str
+) -> None:
+    tokenizer = make()
+    request = ScoreRequest("tea", ["the the the", "the the", "the"], max_tokens_per_doc=2)
+    built = TextPrompts(tokenizer, 64, "query: ", prefix).build(request)
+    expected = [tokenizer.encode(prefix + text).ids for text in ("the the", "the the", "the")]
+    assert [prompt.ids for prompt in built.prompts[1:]] == expected
+    assert built.truncated == 1
+
+
+def test_a_bi_encoder_s_query_may_take_all_of_the_model_s_tokens() -> None:
+    prompts = TextPrompts(wordpiece_tokenizer(), 16)
+    assert len(prompts.build(ScoreRequest("a " * 14, ["b"])).prompts[0].ids) == 16
+    with pytest.raises(PromptTooLongError, match=r"query and template take 17 of the model's 16 tokens"):
+        prompts.build(ScoreRequest("a " * 15, ["b"]))
+
+
 def test_padding_and_cuts_saved_with_a_tokenizer_are_ignored() -> None:
     saved = Tokenizer.from_str(wordpiece_tokenizer().to_str())
     saved.enable_padding(length=128)
