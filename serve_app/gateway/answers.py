@@ -42,12 +42,13 @@ def search_answer(
 
 
 def rerank_answer(
-    call: Call, ranking: Ranking, top_n: int | None, documents: Sequence[dict[str, Any]] | None
+    call: Call, ranking: Ranking, top_n: int | None, documents: Sequence[dict[str, Any]] | None, raw_scores: bool
 ) -> dict[str, Any]:
-    """The answer of the rerank dialects; `documents` puts each result's document in."""
+    """The answer of the rerank dialects; `documents` puts each result's document in, `raw_scores` gives logits."""
     results: list[dict[str, Any]] = []
     for position in ranking.order[:top_n]:
-        result: dict[str, Any] = {"index": position, "relevance_score": ranking.scores[position]}
+        score = ranking.scores[position]
+        result: dict[str, Any] = {"index": position, "relevance_score": _logit(score) if raw_scores else score}
         if documents is not None:
             result["document"] = documents[position]
         results.append(result)
@@ -77,8 +78,11 @@ def tei_answer(ranking: Ranking, texts: Sequence[str] | None, raw_scores: bool) 
     return results
 
 
-def score_answer(call: Call, scores: Sequence[float], reports: Sequence[StageReport]) -> dict[str, Any]:
-    """vLLM's score answer."""
+def score_answer(
+    call: Call, scores: Sequence[float], reports: Sequence[StageReport], raw_scores: bool
+) -> dict[str, Any]:
+    """vLLM's score answer; `raw_scores` gives logits."""
+    scores = [_logit(score) for score in scores] if raw_scores else scores
     return {
         "id": call.request_id,
         "object": "list",

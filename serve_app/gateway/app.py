@@ -26,7 +26,6 @@ from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
-from serve_app.gateway.limits import limit
 from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
@@ -77,11 +76,6 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def search(request: Request) -> Response:
         async def answer(body: wire.SearchBody) -> Any:
             call = _call(service, request, body)
-            reranked = body.rerank and call.plan.stages
-            limit(call.settings, "max_recall_k", body.recall_k or 0, "recall_k")
-            limit(call.settings, "max_recall_k", body.top_n, "top_n")
-            pairs = max(body.recall_k or call.plan.recall_k, body.top_n)
-            service.spend(request.state.key, pairs if reranked else 1)
             call, candidates, ranking = await service.search(
                 call, body.query, recall_k=body.recall_k, top_n=body.top_n, rerank=body.rerank
             )
@@ -92,23 +86,19 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
     async def rerank_documents(request: Request, body: wire.RerankBody, shown_by_default: bool) -> Any:
         call = _call(service, request, body)
-        limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
-        service.spend(request.state.key, len(body.documents))
         query = _text(body.query, None, "query")
         documents = [_text(d, body.rank_fields, f"documents[{i}]") for i, d in enumerate(body.documents)]
         call, ranking = await service.rerank(call, query, documents)
         request.state.ran = call, ranking.reports
         wanted = shown_by_default if body.return_documents is None else body.return_documents
         shown = [_shown(document) for document in body.documents] if wanted else None
-        return rerank_answer(call, ranking, body.top_n, shown)
+        return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False)
 
     async def rerank_texts(request: Request, body: wire.TeiBody) -> Any:
         call = _call(service, request, body)
         if not body.truncate:
             # What is cached doesn't say whether it was cut.
             call = replace(call, fresh=True)
-        limit(call.settings, "max_documents", len(body.texts), "texts", "documents")
-        service.spend(request.state.key, len(body.texts))
         call, ranking = await service.rerank(call, body.query, body.texts, "texts")
         request.state.ran = call, ranking.reports
         cut = max((report.truncated for report in ranking.reports), default=0)
@@ -140,22 +130,18 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def rerank_v2(request: Request) -> Response:
         async def answer(body: wire.CohereV2Body) -> Any:
             call = _call(service, request, body)
-            limit(call.settings, "max_documents", len(body.documents), "documents", "documents")
-            service.spend(request.state.key, len(body.documents))
             call, ranking = await service.rerank(call, body.query, body.documents)
             request.state.ran = call, ranking.reports
-            return rerank_answer(call, ranking, body.top_n, None)
+            return rerank_answer(call, ranking, body.top_n, None, body.use_activation is False)
 
         return await _answer(service, observe, request, wire.CohereV2Body, answer)
 
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
             call, pairs = _call(service, request, body), body.pairs()
-            limit(call.settings, "max_documents", len(pairs), "text_2", "documents")
-            service.spend(request.state.key, len(pairs))
             call, ranking = await service.score(call, pairs)
             request.state.ran = call, ranking.reports
-            return score_answer(call, ranking.scores, ranking.reports)
+            return score_answer(call, ranking.scores, ranking.reports, body.use_activation is False)
 
         return await _answer(service, observe, request, wire.ScoreBody, answer)
 
@@ -298,6 +284,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
     asked_ms = body.timeout_ms or _header_timeout_ms(request)
     call = Call(
         request_id=_request_id(request),
+        key=request.state.key,
         settings=settings,
         plan=plan,
         deadline=Deadline.after(timeout_ms(settings, plan, asked_ms) / 1e3),

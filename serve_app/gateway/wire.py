@@ -6,10 +6,28 @@ ignore them, because their clients send fields that mean nothing here (`max_chun
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    RootModel,
+    Tag,
+    model_validator,
+)
 
 TimeoutMs = Annotated[int | None, Field(default=None, ge=1, description="Deadline in ms; the route's if absent.")]
-TopN = Annotated[int | None, Field(default=None, ge=1, description="How many results to answer with.")]
+# vLLM's clients send 0 for all.
+TopN = Annotated[
+    int | None,
+    Field(default=None, ge=0, description="How many results to answer with. 0: all."),
+    AfterValidator(lambda top_n: top_n or None),
+]
+UseActivation = Annotated[
+    bool | None, Field(default=None, description="false: logits instead of scores in [0, 1], as with vLLM.")
+]
 Instruction = Annotated[
     str | None,
     Field(
@@ -35,6 +53,11 @@ class TextDocument(Body):
     text: str | None = None
 
 
+def _as_list(documents: Any) -> Any:
+    """vLLM takes a text for a list of one."""
+    return [documents] if isinstance(documents, str) else documents
+
+
 class SearchBody(Body):
     """`POST /v1/search`: the catalogue's best documents for a query."""
 
@@ -58,8 +81,12 @@ class RerankBody(Body):
 
     model: ModelName = None
     query: str | TextDocument
-    documents: list[str | TextDocument]
+    documents: Annotated[
+        list[str | TextDocument],
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str | TextDocument]),
+    ]
     top_n: TopN = None
+    use_activation: UseActivation = None
     return_documents: bool | None = None
     rank_fields: list[str] | None = Field(
         default=None, max_length=32, description="Fields of object documents to read."
@@ -73,12 +100,13 @@ class RerankBody(Body):
 
 
 class CohereV2Body(Body):
-    """`POST /v2/rerank`: Cohere v2's body; documents are strings."""
+    """`POST /v2/rerank`: Cohere v2's and vLLM's body; documents are strings."""
 
     model: ModelName = None
     query: str
-    documents: list[str]
+    documents: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
     top_n: TopN = None
+    use_activation: UseActivation = None
     max_tokens_per_doc: int | None = Field(
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
     )
@@ -95,7 +123,9 @@ class TeiBody(Body):
     texts: list[str]
     raw_scores: bool = Field(default=False, description="Logits instead of scores in [0, 1].")
     return_text: bool = False
-    truncate: bool = Field(default=True, description="false: a text that is too long is an error, and isn't cut.")
+    truncate: Annotated[bool | None, AfterValidator(lambda truncate: truncate is not False)] = Field(
+        default=True, description="false: a text that is too long is an error, and isn't cut. null: as true."
+    )
     truncation_direction: Literal["Right", "right"] = "Right"
     instruction: Instruction = None
     timeout_ms: TimeoutMs = None
@@ -127,6 +157,7 @@ class ScoreBody(Body):
     items: str | list[str] | None = None
     data_1: str | list[str] | None = None
     data_2: str | list[str] | None = None
+    use_activation: UseActivation = None
     instruction: Instruction = None
     max_tokens_per_doc: int | None = Field(default=None, ge=0)
     timeout_ms: TimeoutMs = None

@@ -1,5 +1,7 @@
 """What the clients of single dialects look for, over a fleet double; the clients are in tests/system."""
 
+import math
+
 import pytest
 
 from serve_app.gateway.pipeline import StageFailure
@@ -38,6 +40,31 @@ def test_scores_are_written_as_fractions():
     answer = Gateway().post("/v1/rerank", ends).text
     assert '"relevance_score":1.0}' in answer
     assert '"relevance_score":0.0}' in answer
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_vllms_zero_for_top_n_is_all_and_its_single_document_a_list(path):
+    documents = ["document number 1", "document number 2", "document number 3"]
+    answer = Gateway().post(path, {**RERANK, "documents": documents, "top_n": 0}).json()
+    assert [result["index"] for result in answer["results"]] == [2, 1, 0]
+    answer = Gateway().post(path, {**RERANK, "documents": documents[2]}).json()
+    assert [result["relevance_score"] for result in answer["results"]] == [0.3]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+def test_vllms_use_activation_false_gives_logits(path):
+    texts = ["document number 3", "document number 9"]
+    body = {"model": "small", "query": "q", "queries": "q", "documents": texts}
+
+    def scores(**more):
+        answer = Gateway().post(path, {**body, **more}).json()
+        given = {
+            r["index"]: r.get("relevance_score", r.get("score")) for r in answer.get("results", answer.get("data"))
+        }
+        return [given[0], given[1]]
+
+    assert scores(use_activation=False) == pytest.approx([math.log(3 / 7), math.log(9)])
+    assert scores(use_activation=True) == scores(use_activation=None) == scores() == [0.3, 0.9]
 
 
 def test_an_answer_without_meta_says_in_a_header_what_it_went_without():

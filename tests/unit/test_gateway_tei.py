@@ -45,6 +45,8 @@ def test_truncate_false_refuses_texts_that_would_be_cut():
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "prompt_too_long")
     assert "2 of texts" in refused.json()["message"]
     assert tei(Gateway(), truncate=False).status_code == 200
+    # As with TEI, whose field may be null.
+    assert tei(gateway, truncate=None).status_code == 200
 
 
 def test_texts_cannot_be_cut_on_the_left():
