@@ -8,6 +8,7 @@ from serve_app.config import Fusion, GatewaySettings, Stage
 from serve_app.gateway.cache import Patience
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.keys import Key
 from serve_app.gateway.limits import limit
 from serve_app.rollout.split import Place, Split, choose, place
 
@@ -44,6 +45,8 @@ class Call:
     """
 
     request_id: str
+    # Whose rate pays for it; None where no keys are needed.
+    key: Key | None
     settings: GatewaySettings
     plan: Plan
     deadline: Deadline

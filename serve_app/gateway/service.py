@@ -16,7 +16,7 @@ from serve_app.gateway.canary import SHOWN, answer
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.fleet import Fleet, all_or_none
 from serve_app.gateway.fusion import best_first
-from serve_app.gateway.keys import Key, Keys
+from serve_app.gateway.keys import Keys
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
 from serve_app.gateway.plan import Call, variants_in_use
@@ -95,10 +95,10 @@ class Service:
     def leave(self, kind: Kind = "calls") -> None:
         self._under_way[kind] -= 1
 
-    def spend(self, key: Key | None, pairs: int) -> None:
-        """Counts `pairs` against the rate of the key. Raises ApiError."""
+    def _spend(self, call: Call, pairs: int) -> None:
+        """Counts `pairs` against the rate of the call's key, after all that may refuse it. Raises ApiError."""
         gateways = self.fleet.running(self.application, "Gateway") if self.application else None
-        self.keys.spend(key, pairs, gateways or 1)
+        self.keys.spend(call.key, pairs, gateways or 1)
 
     async def search(
         self, call: Call, query: str, *, recall_k: int | None, top_n: int, rerank: bool
@@ -111,6 +111,8 @@ class Service:
             raise ApiError("not_found", "this fleet has no catalogue (user_config.recall is not set)")
         limit(settings, "max_recall_k", recall_k or 0, "recall_k")
         limit(settings, "max_recall_k", top_n, "top_n")
+        reranked = rerank and call.plan.stages
+        self._spend(call, max(recall_k or call.plan.recall_k, top_n) if reranked else 1)
         if not rerank:
             # BM25's order is no answer of the canary's.
             call = replace(call, plan=replace(call.plan, place=None))
@@ -150,6 +152,7 @@ class Service:
         stage could answer. The call that comes back is the one that was answered."""
         check_query(call.settings, query)
         check_documents(call.settings, documents, param)
+        self._spend(call, len(documents))
 
         async def attempt(call: Call) -> Ranking:
             return await self._rank(call, call.plan.stages, query, documents, None)
@@ -182,6 +185,9 @@ class Service:
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
             check_query(call.settings, query, "text_1")
+        if call.plan.place is None:
+            _last_stage(call)
+        self._spend(call, len(pairs))
 
         async def attempt(call: Call) -> Ranking:
             return await self._score(call, pairs, positions_of)
@@ -198,9 +204,7 @@ class Service:
     async def _score(
         self, call: Call, pairs: Sequence[tuple[str, str]], positions_of: dict[str, list[int]]
     ) -> Ranking:
-        if not call.plan.stages:
-            raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
-        stage = call.plan.stages[-1]
+        stage = _last_stage(call)
         started = time.monotonic()
         scorer = self._scorer(call)
         places = asyncio.Semaphore(_QUERIES_AT_ONCE)
@@ -316,6 +320,12 @@ class Service:
         if self.keys.problem is not None:
             body["keys_error"] = self.keys.problem
         return ready, body
+
+
+def _last_stage(call: Call) -> Stage:
+    if not call.plan.stages:
+        raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
+    return call.plan.stages[-1]
 
 
 def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
