@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
 from typing import Any
@@ -72,6 +72,8 @@ class Controller:
         self._splits_at = float("-inf")
         # Unfinished and promoted ones, oldest first: others never come into force again.
         self._open: list[str] = []
+        # Promoted ones that were said to override weights.
+        self._overriding: set[str] = set()
         self._failing = ""
         self._stuck: dict[str, str] = {}
 
@@ -263,10 +265,27 @@ class Controller:
             state = State.from_json(rollout.state)
             if not state.finished and state.status not in ("pending", "warming"):
                 by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
+        self._tell_overriding(rollout for rollout in filter(_is_promoted, found) if rollout not in over)
         if asked_at > self._splits_at:
             self._splits = Splits({route: tuple(splits) for route, splits in by_route.items()})
             self._splits_at = asked_at
         return over
+
+    def _tell_overriding(self, promoted: Iterable[Rollout]) -> None:
+        """Whoever writes weights for both sides wants a mix, and doesn't get it."""
+        overriding = set()
+        for rollout in promoted:
+            route, stable, canary = rollout.route, rollout.spec["stable"], rollout.spec["canary"]
+            # Of one gateway: while settings are deployed, others have older ones.
+            if any({stable, canary} <= set(known.routes.get(route, ())) for _, known in self._deployed.values()):
+                overriding.add(rollout.id)
+                if rollout.id not in self._overriding:
+                    logger.warning(
+                        f"route {route!r} has weights for {stable!r} and {canary!r}, but rollout {rollout.id}, "
+                        f"promoted, sends all calls of {stable!r} to {canary!r}; for both: "
+                        f"serve-app rollout undo {rollout.id}"
+                    )
+        self._overriding = overriding
 
     def _read_open(self, all_: bool) -> list[Rollout]:
         """Rollouts that are in force or may come into force, oldest first."""

@@ -15,7 +15,7 @@ from serve_app.rollout.controller import Controller
 from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.machine import State
-from serve_app.rollout.messages import News
+from serve_app.rollout.messages import Deployed, News
 from serve_app.rollout.store import (
     Command,
     Event,
@@ -483,6 +483,37 @@ def test_promotions_that_swap_back_and_forth_can_be_undone_the_last_one_first(st
             assert await act(controller, rollout, "undo") is None
 
     asyncio.run(scenario())
+
+
+def test_a_promotion_that_overrides_weights_for_both_sides_is_told_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+
+        async def deploy(*weighted: str) -> dict[str, Any]:
+            news = News("g", Deployed(deployed(settings(ROUTES)).pipelines, {"a": weighted}))
+            await controller.exchange(news)
+            for _ in range(3):
+                await controller.tick()
+            return (await controller.exchange(news)).by_route
+
+        rollout = await start(controller, **UP)
+        await ticks_until(controller, lambda: status(store, rollout) == "promoted")
+        assert list(await deploy("stable")) == ["a"]
+        assert not caplog.records
+        assert list(await deploy("stable", "canary")) == ["a"]
+        (told,) = caplog.records
+        assert told.getMessage() == (
+            f"route 'a' has weights for 'stable' and 'canary', but rollout {rollout}, promoted, "
+            f"sends all calls of 'stable' to 'canary'; for both: serve-app rollout undo {rollout}"
+        )
+        assert await act(controller, rollout, "undo") is None
+        assert await deploy("stable", "canary") == {}
+        assert len(caplog.records) == 1
+
+    with caplog.at_level(logging.WARNING, logger="ray.serve"):
+        asyncio.run(scenario())
 
 
 def test_what_gets_calls_is_known_at_once_after_a_promotion(store: Store) -> None:
