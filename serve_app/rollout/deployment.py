@@ -108,5 +108,5 @@ def _without_replica(variants: Sequence[str]) -> list[str]:
 def _events_log(path: str) -> logging.handlers.RotatingFileHandler:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return logging.handlers.RotatingFileHandler(
-        path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8"
+        path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8"
     )
