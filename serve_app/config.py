@@ -90,7 +90,7 @@ class RolloutArgs(Block):
     # sqlite:///path on one machine, redis://[:password@]host[:port][/db] on a cluster; the password may also be
     # SERVE_APP_REDIS_PASSWORD in the environment.
     store: str = Field(min_length=1)
-    # JSON Lines file for the raw events of /v1/events, rotated at 100 MB, five kept beside it; None: none.
+    # JSON Lines file for the raw events of /v1/events, rotated at 100 MB, five files; None: none.
     events_log: str | None = Field(default=None, min_length=1)
 
 
