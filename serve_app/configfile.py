@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from serve_app import strictyaml
 from serve_app.autoscaling import DrainTime
 from serve_app.config import (
     Block,
@@ -116,37 +116,16 @@ def load(path: Path) -> ConfigFile:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text("utf-8"), _StrictLoader)
+        raw = strictyaml.parse(path.read_text("utf-8"))
+    except strictyaml.YamlError as error:
+        raise ConfigError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deep") from None
     if not isinstance(raw, dict) or not raw.get("applications"):
         raise ConfigError(f"{path}: is not a Serve config file (needs `applications:`)")
     return raw
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep)
 
 
 def _serve_problems(raw: dict[str, Any]) -> list[str]:

@@ -28,9 +28,9 @@ the weight and waits.
 
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from serve_app import strictyaml
 from serve_app.config import Block, Name, closest, explain
 from serve_app.rollout.guards import METRICS, Guard, MetricName, default_guard
 
@@ -200,29 +200,13 @@ class RolloutDocument(Block):
 def parse(text: str) -> RolloutDocument:
     """A document in YAML, of which JSON is a part. Raises ValueError with every problem on a line of its own."""
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"rollout{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except RecursionError:
-        raise ValueError("rollout: is nested too deep") from None
+        raw = strictyaml.parse(text)
+    except strictyaml.YamlError as error:
+        raise ValueError(f"rollout{f', line {error.line}' if error.line else ''}: {error}") from None
     try:
         return RolloutDocument.model_validate(raw)
     except ValidationError as error:
         raise ValueError(explain(error, "rollout")) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
-        return super().construct_mapping(node, deep)
 
 
 def _default_steps(mirror_first: bool) -> list[dict[str, Any]]:
