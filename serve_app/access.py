@@ -13,10 +13,15 @@ API_KEY = "SERVE_APP_API_KEY"
 REDIS_PASSWORD = "SERVE_APP_REDIS_PASSWORD"
 
 
+def secret(variable: str) -> str:
+    """The key in `variable`, empty where it isn't set; without the newline that files often end in."""
+    return os.environ.get(variable, "").strip()
+
+
 def bearer(variable: str) -> dict[str, str]:
     """The header with the key in `variable`; none where it isn't set. Raises ValueError for one that no header
     carries."""
-    key = os.environ.get(variable, "").strip()
+    key = secret(variable)
     if not key:
         return {}
     if not (key.isascii() and key.isprintable()):

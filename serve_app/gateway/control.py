@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import json
-import os
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
-from serve_app.access import ADMIN_KEY
+from serve_app.access import ADMIN_KEY, secret
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.service import Service
 from serve_app.rollout.messages import Reply
@@ -122,7 +121,7 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
 
 def check_admin(request: Request) -> None:
     """Raises ApiError unless the call brings the admin key as `Authorization: Bearer …`."""
-    key = os.environ.get(ADMIN_KEY)
+    key = secret(ADMIN_KEY)
     if not key:
         raise ApiError("forbidden", f"rollouts are closed: set {ADMIN_KEY} in the gateway's environment")
     given = request.headers.get("authorization", "")

@@ -77,10 +77,14 @@ async def _refresh(service: Service, gauges: Gauges) -> None:
     """Follows the file of keys, and tells Prometheus of the gateway."""
     keys = service.keys
     while True:
-        gauges.set(service)
+        try:
+            if await asyncio.to_thread(keys.refresh):
+                if keys.problem:
+                    logger.error("the API keys stay as they were: %s", keys.problem)
+                else:
+                    logger.info(f"API keys now: {', '.join(key.name for key in keys.known)}")
+            gauges.set(service)
+        except Exception:
+            # Whatever it is: a key that is taken away later must not stay in force for it.
+            logger.exception("following the API keys and telling Prometheus failed")
         await asyncio.sleep(_REFRESH_EVERY_S)
-        if await asyncio.to_thread(keys.refresh):
-            if keys.problem:
-                logger.error("the API keys stay as they were: %s", keys.problem)
-            else:
-                logger.info(f"API keys now: {', '.join(key.name for key in keys.known)}")

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from serve_app import strictyaml
 from serve_app.access import API_KEYS, API_KEYS_FILE
 from serve_app.gateway.errors import ApiError
 
@@ -84,10 +83,9 @@ def _password(credentials: str) -> str:
 
 def _from_yaml(text: str, path: str) -> list[Key]:
     try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise KeysError(f"{path}{f', line {mark.line + 1}' if mark else ''}: is not valid YAML") from None
+        parsed = strictyaml.parse(text)
+    except strictyaml.YamlError as error:
+        raise KeysError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
     # An empty file would open the gateway to everybody.
     if not isinstance(parsed, dict) or not parsed:
         raise KeysError(f"{path}: is no mapping of names to keys, or has none")

@@ -1,13 +1,17 @@
 """API keys: where they come from, who gets in, and how much a key may ask for."""
 
+import asyncio
 import base64
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from serve_app.access import ADMIN_KEY, API_KEYS, API_KEYS_FILE
+from serve_app.gateway import deployment
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.keys import Keys, KeysError, hashed, new_key
+from tests.processes.rollout_process import until
 from tests.unit.gateway_double import Gateway
 
 SHOP, CRAWLER = "shop-0123456789abcdef", "crawler-0123456789abcdef"
@@ -62,6 +66,12 @@ def test_without_keys_everybody_gets_in():
     ("text", "says"),
     [
         ("shop: {", "line 1: is not valid YAML"),
+        (
+            f"shop: {hashed(SHOP)}\nshop: {hashed(CRAWLER)}",
+            "line 2: is not valid YAML: the key 'shop' stands twice",
+        ),
+        (f"shop: {{sha256: {hashed(SHOP)}, expires: 2025-02-30}}", "line 1: .* '2025-02-30' is no timestamp"),
+        ("[" * 5_000, "is nested too deep"),
         ("", "has none"),
         ("- shop", "no mapping of names to keys"),
         ("shop: abc", "shop has no sha256 of 64"),
@@ -103,7 +113,7 @@ def test_a_changed_file_rotates_keys_and_a_broken_or_missing_one_changes_nothing
     for old in (SHOP, CRAWLER):
         with pytest.raises(ApiError):
             known.check(bearer(old))
-    for broken in ("shop: {", ""):
+    for broken in ("shop: {", "", "shop: 2025-02-30"):
         replace(keys_file, broken)
         assert known.refresh()
         assert str(keys_file) in known.problem
@@ -111,6 +121,38 @@ def test_a_changed_file_rotates_keys_and_a_broken_or_missing_one_changes_nothing
     keys_file.unlink()
     assert known.refresh()
     assert known.check(bearer("a new key of the shop")).name == "shop"
+
+
+def test_following_the_file_outlives_whatever_goes_wrong(keys_file, monkeypatch):
+    monkeypatch.setattr(deployment, "_REFRESH_EVERY_S", 0.001)
+    told = []
+
+    class Gauges:
+        def set(self, service):
+            told.append(service)
+            if len(told) == 1:
+                raise RuntimeError("no metrics yet")
+
+    async def follow():
+        service = SimpleNamespace(keys=keys(keys_file))
+        following = asyncio.create_task(deployment._refresh(service, Gauges()))
+        await until(lambda: len(told) > 1, "another look")
+        replace(keys_file, f"other: {hashed(SHOP)}\n")
+        await until(lambda: [key.name for key in service.keys.known] == ["other"], "the new keys")
+        following.cancel()
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_the_admin_key_may_end_in_a_newline(monkeypatch, ending):
+    monkeypatch.setenv(ADMIN_KEY, f"the operators' key{ending}")
+    gateway = Gateway()
+    for key, status in (("the operators' key", 404), ("another", 401), ("", 401)):
+        # 404: there are no rollouts here.
+        assert gateway.request("GET", "/v1/rollouts", headers={"Authorization": bearer(key)}).status_code == status
+    monkeypatch.setenv(ADMIN_KEY, ending)
+    assert gateway.request("GET", "/v1/rollouts", headers={"Authorization": "Bearer "}).status_code == 403
 
 
 def replace(path, text):
