@@ -18,6 +18,7 @@ import ray
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
+from serve_app.gateway.errors import ApiError
 from serve_app.status import details, word
 
 logger = logging.getLogger("ray.serve")
@@ -25,6 +26,8 @@ logger = logging.getLogger("ray.serve")
 # One look serves everybody who asks within so long; Ray's own figures are up to ten seconds old.
 _FRESH_S = 2.0
 _METRICS_TIMEOUT_S = 2.0
+# Longer nobody waits for a look.
+_LOOK_TIMEOUT_S = 5.0
 # Of one node's page of metrics.
 _MAX_PAGE_BYTES = 32 * 2**20
 _KINDS = {
@@ -116,18 +119,28 @@ class Overview:
     ) -> None:
         self._look = look or _look
         self._scrape = scrape or _scrape
-        self._lock = asyncio.Lock()
-        self._answer: dict[str, Any] | None = None
+        self._looking: asyncio.Task[dict[str, Any]] | None = None
         self._at = float("-inf")
 
     async def answer(self) -> dict[str, Any]:
-        """The body of `GET /v1/fleet`, at most _FRESH_S old; those who ask meanwhile wait for the same look."""
-        async with self._lock:
-            if self._answer is None or time.monotonic() - self._at > _FRESH_S:
-                details, nodes = await asyncio.to_thread(self._look)
-                self._answer = summary(details, nodes, await self._scrape(nodes), time.time())
-                self._at = time.monotonic()
-            return self._answer
+        """The body of `GET /v1/fleet`, at most _FRESH_S old; those who ask meanwhile wait for the same look, which
+        goes on without them. Raises ApiError where it takes too long."""
+        looking = self._looking
+        # While nobody answers, another look would take another of the threads that all share.
+        if looking is None or (looking.done() and time.monotonic() - self._at > _FRESH_S):
+            looking = self._looking = asyncio.get_running_loop().create_task(self._look_again())
+        if not looking.done():
+            await asyncio.wait({looking}, timeout=_LOOK_TIMEOUT_S)
+        if not looking.done():
+            message = f"Serve's controller did not answer within {_LOOK_TIMEOUT_S:g} s"
+            raise ApiError("unavailable", message, retry_after_s=5)
+        return looking.result()
+
+    async def _look_again(self) -> dict[str, Any]:
+        details, nodes = await asyncio.to_thread(self._look)
+        answer = summary(details, nodes, await self._scrape(nodes), time.time())
+        self._at = time.monotonic()
+        return answer
 
 
 def add_fleet(
