@@ -62,9 +62,9 @@ test-cluster-files: setup-dev
 manifests: setup-dev
 	$(BIN)/python cluster/kuberay/generate.py
 
-test: lint test-unit test-cluster-files setup-clients
-	$(BIN)/pytest -q tests/processes
-	$(BIN)/pytest -q tests/commands
+test: lint test-unit test-cluster-files setup-clients index
+	$(BIN)/pytest -q -n auto tests/processes
+	$(BIN)/pytest -q -n 2 --dist loadfile tests/commands
 	$(BIN)/pytest -q tests/system
 	$(BIN)/pytest -q tests/rollout
 	$(BIN)/pytest -q tests/ui

@@ -28,7 +28,7 @@ def assert_answers_conform(system: System) -> None:
 
             @given(case=operation.as_strategy(generation_mode=mode))
             @settings(
-                max_examples=40,
+                max_examples=25,
                 deadline=None,
                 database=None,
                 phases=[Phase.generate],
