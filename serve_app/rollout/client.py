@@ -45,36 +45,42 @@ class Control:
         self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_S, transport=transport)
 
     def start(self, document: Body) -> Body:
-        return self._ask("POST", "", document)
+        return self._ask("state", "POST", "", document)
 
     def recent(self, route: str | None = None) -> list[Body]:
         """The newest first."""
-        rollouts: list[Body] = self._ask("GET", "", params={"route": route} if route else None)["rollouts"]
+        params = {"route": route} if route else None
+        rollouts: list[Body] = self._ask("rollouts", "GET", "", params=params)["rollouts"]
         return rollouts
 
     def show(self, rollout: str) -> Body:
-        return self._ask("GET", f"/{_quoted(rollout)}")
+        return self._ask("state", "GET", f"/{_quoted(rollout)}")
 
     def history(self, rollout: str) -> list[Body]:
         """The oldest first."""
-        entries: list[Body] = self._ask("GET", f"/{_quoted(rollout)}/history")["history"]
+        entries: list[Body] = self._ask("history", "GET", f"/{_quoted(rollout)}/history")["history"]
         return entries
 
     def act(self, rollout: str, action: str) -> Body:
-        return self._ask("POST", f"/{_quoted(rollout)}/{action}")
+        return self._ask("state", "POST", f"/{_quoted(rollout)}/{action}")
 
-    def _ask(self, method: str, path: str, body: Body | None = None, params: dict[str, str] | None = None) -> Body:
+    def _ask(
+        self, field: str, method: str, path: str, body: Body | None = None, params: dict[str, str] | None = None
+    ) -> Body:
+        """An answer that has `field`."""
         try:
             response = self._http.request(method, f"{self.url}/v1/rollouts{path}", json=body, params=params)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+            raise CommandError(f"--url is {self.url!r}: {error}; allowed: http://HOST:PORT", 2) from None
+        except httpx.HTTPError as error:
             raise AwayError(f"no answer from {self.url}: {error}; is it up? (serve-app up CONFIG)") from None
         try:
             answer = response.json()
         except ValueError:
             answer = None
-        if not isinstance(answer, dict):
+        if not isinstance(answer, dict) or (response.is_success and field not in answer):
             what = f"{self.url}/v1/rollouts{path} answered {response.status_code}"
-            raise AwayError(f"{what} with something that is no JSON object; is a gateway of ours there?")
+            raise AwayError(f"{what} with something that is no JSON object of ours; is a gateway of ours there?")
         if response.is_error:
             fault = answer.get("error")
             final = isinstance(fault, dict) and fault.get("code") in _FINAL

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, transport: httpx.BaseTransport | None = N
         return tell({"id": rollout, "history": entries}, lambda: view.history(rollout, entries))
     if arguments.action == "status":
         if arguments.watch:
-            return watch(control, rollout, console)
+            return watch(control, rollout, console, as_json=arguments.json)
         shown = control.show(rollout)
         return tell(shown, lambda: view.status(shown, control.history(rollout)))
     done = control.act(rollout, arguments.action)
