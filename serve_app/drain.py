@@ -4,6 +4,7 @@ Serve starts replicas elsewhere first, then lets those here finish what they hav
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import psutil
 _ALONE_S = 65.0
 _EVERY_S = 1.0
 _ANSWER_LIMIT_S = 10.0
+_HEAD = re.compile(r"(?P<host>[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(%\w+)?\]):(?P<port>[0-9]{1,5})")
 
 
 class DrainError(Exception):
@@ -87,11 +89,13 @@ def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
 
 def _reachable(address: str) -> bool:
     """Ray itself would wait for minutes for a head that is gone."""
-    host, _, port = address.rpartition(":")
-    if not host:
-        raise DrainError(f"RAY_ADDRESS is {address!r}; allowed: the head's HOST:PORT")
+    named = _HEAD.fullmatch(address)
+    port = int(named["port"]) if named else 0
+    if named is None or not 0 < port < 65536:
+        # What is no address reaches nobody either, and calls would go with the node.
+        raise DrainError(f"RAY_ADDRESS is {address!r}; allowed: the head's HOST:PORT, or [IPV6]:PORT")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((named["host"].strip("[]"), port), timeout=5).close()
     except OSError:
         return False
     return True
