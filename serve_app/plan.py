@@ -163,7 +163,7 @@ def _variant(
         needs_gib=(needs.weights / GIB, needs.kv_cache / GIB, needs.workspace / GIB) if needs else None,
         total_needs_gib=needs.total / GIB if needs else None,
         kv_tokens=fit.kv_tokens if fit is not None and needs else None,
-        prompts=fit.kv_tokens // fit.max_model_len if fit is not None and needs else None,
+        prompts=fit.kv_tokens // fit.max_model_len if fit is not None and needs and fit.max_model_len else None,
         smallest_num_gpus=fit.smallest if fit is not None else None,
         problem=problem,
     )

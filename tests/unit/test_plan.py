@@ -135,6 +135,19 @@ def test_what_cannot_be_said_is_a_failure_too(tmp_path: Path, args: dict[str, An
     assert message in made.table()
 
 
+def test_a_model_that_names_no_longest_prompt_is_planned_all_the_same(tmp_path: Path) -> None:
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "head_dim": 32,
+              "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "vocab_size": 1000}  # fmt: skip
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    args = {"model": str(tmp_path / "m"), "kind": "qwen3-reranker"}
+    (variant,) = planned(one(tmp_path, args, ray_actor_options={"num_gpus": 0.25})).variants
+    assert variant.prompts is None
+    assert variant.kv_tokens
+    assert variant.problem is None
+
+
 def test_a_hub_that_is_down_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
