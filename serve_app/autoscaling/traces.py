@@ -6,6 +6,7 @@ shares may move while the number of calls does not.
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +160,7 @@ def from_csv(path: Path) -> Trace:
     if len(starts) < 2:
         raise TraceError(f"{path}: has {len(starts)} moments; allowed: 2 or more, as the first ones' ends")
     first = starts[0]
-    kinds = max(sum(row[0] == start for row in rows) for start in starts) if len(rows) > len(starts) else 1
+    kinds = max(Counter(row[0] for row in rows).values())
     table = np.zeros((3, len(starts), kinds))
     table[2] = 1
     step, kind = -1, 0

@@ -1,5 +1,7 @@
 """Traffic over time: the made traces are what they say, and a CSV of one's own is read or refused by line."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +62,16 @@ def test_rows_of_one_second_are_several_kinds_of_calls(tmp_path):
     trace = from_csv(path)
     assert trace.calls_per_s.tolist() == [[80, 2], [80, 20]]
     assert trace.pairs_per_call.tolist() == [[5, 200], [5, 200]]
+
+
+def test_a_day_of_several_kinds_is_read_in_seconds(tmp_path):
+    path = tmp_path / "day.csv"
+    rows = [f"{second},{calls},600" for second in range(20_000) for calls in (80, 16)]
+    path.write_text("\n".join(["seconds,calls_per_s,tokens_per_call", *rows]))
+    began = time.process_time()
+    trace = from_csv(path)
+    assert time.process_time() - began < 5
+    assert trace.calls_per_s.shape == (20_000, 2)
 
 
 @pytest.mark.parametrize(
