@@ -72,7 +72,8 @@ class ConfigFile:
 
     @property
     def port(self) -> int:
-        return int((self.raw.get("http_options") or {}).get("port", 8000))
+        port: int = (self.raw.get("http_options") or {}).get("port", 8000)
+        return port
 
 
 def load(path: Path) -> ConfigFile:
@@ -129,7 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _serve_problems(raw: dict[str, Any]) -> list[str]:
-    """What Serve itself would refuse, and the keys that it would ignore in silence."""
+    """What Serve itself would refuse, and the keys that it would ignore in silence. In `raw`, numbers become what
+    Serve reads them as."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
     from ray.serve.schema import (
         DeploymentSchema,
@@ -140,7 +142,7 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
     )
 
     try:
-        ServeDeploySchema.model_validate(raw)
+        schema = ServeDeploySchema.model_validate(raw)
     except ValidationError as error:
         return explain(error, "config").splitlines()
     except (ImportError, AttributeError) as error:
@@ -149,20 +151,26 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
     http = raw.get("http_options") or {}
     problems = _unknown_keys("config", raw, ServeDeploySchema)
     problems += _unknown_keys("config.http_options", http, HTTPOptionsSchema)
-    if not 0 < http.get("port", 8000) < 65536:
-        problems.append(f"config.http_options.port is {http['port']}; allowed: 1 to 65535")
+    _take_numbers(http, schema.http_options)
+    if not 0 < schema.http_options.port < 65536:
+        problems.append(f"config.http_options.port is {schema.http_options.port}; allowed: 1 to 65535")
     for i, application in enumerate(raw["applications"]):
         where = f"applications[{i}]"
         problems += _unknown_keys(where, application, ServeApplicationSchema)
         for j, deployment in enumerate(application.get("deployments") or []):
             place = f"{where}.deployments[{j}]"
+            read = schema.applications[i].deployments[j]
             problems += _unknown_keys(place, deployment, DeploymentSchema)
+            _take_numbers(deployment, read)
             options = deployment.get("ray_actor_options") or {}
             problems += _unknown_keys(f"{place}.ray_actor_options", options, RayActorOptionsSchema)
+            _take_numbers(options, read.ray_actor_options)
             scaling = deployment.get("autoscaling_config")
             if isinstance(scaling, dict):
                 problems += _unknown_keys(f"{place}.autoscaling_config", scaling, AutoscalingConfig)
-                _validated(AutoscalingConfig, scaling, f"{place}.autoscaling_config", problems)
+                _take_numbers(
+                    scaling, _validated(AutoscalingConfig, scaling, f"{place}.autoscaling_config", problems)
+                )
                 policy = scaling.get("policy") or {}
                 problems += _unknown_keys(f"{place}.autoscaling_config.policy", policy, AutoscalingPolicy)
     return problems
@@ -175,6 +183,14 @@ def _unknown_keys(where: str, block: dict[str, Any], model: type[BaseModel]) -> 
         for key in block
         if key not in known
     ]
+
+
+def _take_numbers(block: dict[str, Any], read: object) -> None:
+    """Serve takes "0.25" for 0.25 and 2.0 for 2; whoever calculates with the file needs what it makes of them."""
+    for key in block:
+        number = getattr(read, str(key), None)
+        if isinstance(number, int | float):
+            block[key] = number
 
 
 def _validated(model: type[Any], value: Any, where: str, problems: list[str]) -> Any:

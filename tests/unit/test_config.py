@@ -8,9 +8,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from serve_app.autoscaling.scenario import read
 from serve_app.config import GatewaySettings, RerankerArgs, explain
 from serve_app.configfile import ConfigError, load
 from serve_app.launch import ENVIRONMENT, FAST, least_resources
+from serve_app.plan import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -114,6 +116,25 @@ def test_settings_that_serve_would_ignore_or_refuse_later_are_found(fleet, tmp_p
     assert "autoscaling_config.min_replica is no setting" in message
     assert "did you mean 'max_ongoing_requests'?" in message
     assert "deployments[0].autoscaling_config: " in message
+
+
+def test_numbers_in_quotes_are_what_serve_takes_them_for(fleet, tmp_path):
+    fleet["http_options"]["port"] = "8010"
+    deployment = application(fleet, "qwen3-4b")["deployments"][0]
+    deployment["ray_actor_options"] = {"num_gpus": "0.25", "num_cpus": "2"}
+    scaling = deployment["autoscaling_config"] = {"min_replicas": 2.0, "max_replicas": "4"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(fleet))
+    config = load(path)
+    assert config.port == 8010
+    assert least_resources(config) == {"num_cpus": 2 + 2 + 4 * 2, "num_gpus": 0.25 + 2 * 0.25 + 1}
+    assert plan(config, 80).variants[1].max_replicas == 4
+    assert read(path, "qwen3-4b").scaled(2).scaling["max_replicas"] == 8
+    scaling |= {"upscaling_factor": "2", "policy": {"policy_function": "serve_app.autoscaling:DrainTime"}}
+    fleet["http_options"]["port"] = "99999"
+    assert "port is 99999; allowed: 1 to 65535" in problems_of(fleet, tmp_path)
+    fleet["http_options"]["port"] = "8010"
+    assert "upscaling_factor is 2; allowed with serve_app" in problems_of(fleet, tmp_path)
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
