@@ -36,7 +36,7 @@ def redis_password() -> str | None:
 def refuse_strangers(host: str | None) -> None:
     """For a gateway without keys on Serve's `host` (None: all interfaces). Raises ValueError where other machines
     can reach it."""
-    # Behind HAProxy every gateway replica also has a port of its own, on all interfaces.
+    # Behind HAProxy every gateway replica also has a port of its own, on a cluster's nodes in reach of the others.
     everywhere = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     if everywhere or not _is_loopback(host):
         where = "a port of its own behind HAProxy" if everywhere else host or "0.0.0.0"

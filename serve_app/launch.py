@@ -34,8 +34,8 @@ _DEFAULT_CPUS = {
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.
 ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
-# Behind HAProxy gateways listen on all interfaces, whatever the config says: only where keys, or the config, let
-# strangers come.
+# Behind HAProxy every gateway replica has a port of its own on the config's host, and HAProxy two on all interfaces:
+# only where keys, or the config, let strangers come.
 FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -244,12 +244,14 @@ def _stop() -> None:
 
     descendants = _descendants()
     if ray.is_initialized():
-        # Serve's own shutdown lets calls under way finish; Ray's ends what is still there.
-        with contextlib.suppress(Exception):
-            from ray import serve
+        # Ray tells the end of Serve's controller as a failure.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            # Serve's own shutdown lets calls under way finish; Ray's ends what is still there.
+            with contextlib.suppress(Exception):
+                from ray import serve
 
-            serve.shutdown()
-        ray.shutdown()
+                serve.shutdown()
+            ray.shutdown()
     _end([*descendants, *_descendants()])
 
 

@@ -114,6 +114,8 @@ def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path
             left = [" ".join(process.cmdline())[:200] for process in serving.family()]
             assert not left
             assert "Traceback" not in serving.log.read_text()
+            if stop is not kill_ray:
+                assert "failed" not in serving.log.read_text().partition("serve-app: stopping")[2]
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("127.0.0.1", port))
