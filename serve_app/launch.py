@@ -34,8 +34,8 @@ _DEFAULT_CPUS = {
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.
 ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
-# Behind HAProxy every gateway replica has a port of its own on the config's host, and HAProxy two on all interfaces:
-# only where keys, or the config, let strangers come.
+# Behind HAProxy every gateway replica has a port of its own on the config's host, and HAProxy two on all
+# interfaces: only where keys, or the config, let strangers come.
 FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
