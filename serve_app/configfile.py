@@ -44,7 +44,7 @@ KINDS = {
 }
 
 
-_DRAIN_TIME = "serve_app.autoscaling:DrainTime"
+DRAIN_TIME_PATH = "serve_app.autoscaling:DrainTime"
 
 
 class ConfigError(ValueError):
@@ -74,6 +74,11 @@ class ConfigFile:
     def port(self) -> int:
         port: int = (self.raw.get("http_options") or {}).get("port", 8000)
         return port
+
+
+def same_path(path: str, other: str) -> bool:
+    """Whether two import paths name the same, as `module:Class` or as `module.Class`."""
+    return path.replace(":", ".") == other.replace(":", ".")
 
 
 def load(path: Path) -> ConfigFile:
@@ -147,7 +152,7 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
         return explain(error, "config").splitlines()
     except (ImportError, AttributeError) as error:
         # Serve imports scaling policies as it reads the file.
-        return [f"config: a policy_function can't be imported: {error}; ours: {_DRAIN_TIME}"]
+        return [f"config: a policy_function can't be imported: {error}; ours: {DRAIN_TIME_PATH}"]
     http = raw.get("http_options") or {}
     problems = _unknown_keys("config", raw, ServeDeploySchema)
     problems += _unknown_keys("config.http_options", http, HTTPOptionsSchema)
@@ -238,8 +243,8 @@ def _policy_problems(where: str, scaling: dict[str, Any], deployment: str) -> li
     path, kwargs = policy.get("policy_function"), policy.get("policy_kwargs") or {}
     if not isinstance(path, str) or not path.startswith("serve_app."):
         return []
-    if path.replace(":", ".") != _DRAIN_TIME.replace(":", "."):
-        return [f"{where}.policy_function is {path!r}; known: {_DRAIN_TIME}"]
+    if not same_path(path, DRAIN_TIME_PATH):
+        return [f"{where}.policy_function is {path!r}; known: {DRAIN_TIME_PATH}"]
     if deployment != "Reranker":
         return [
             f"{where}.policy_function is {path}, but {deployment} does not report its load; only Reranker does"

@@ -20,7 +20,7 @@ from serve_app.autoscaling.simulator import Variant
 from serve_app.autoscaling.traces import Trace
 from serve_app.autoscaling.workload import Service
 from serve_app.config import GatewaySettings, closest
-from serve_app.configfile import ConfigError, load
+from serve_app.configfile import DRAIN_TIME_PATH, ConfigError, load, same_path
 
 # What docs/autoscaling.md recommends. One setting for all traces.
 SCALING = {
@@ -54,11 +54,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`scaling`: an `autoscaling_config` without its policy; `policy_kwargs`: DrainTime's."""
+    """`scaling`: an `autoscaling_config` without its policy; `policy_kwargs`: DrainTime's; `own_policy`: another
+    policy that the config names, and its arguments."""
 
     variant: Variant = field(default_factory=Variant)
     scaling: dict[str, Any] = field(default_factory=lambda: dict(SCALING))
     policy_kwargs: dict[str, Any] = field(default_factory=lambda: dict(DRAIN_TIME))
+    own_policy: tuple[str, dict[str, Any]] | None = None
 
     @property
     def bounds(self) -> dict[str, Any]:
@@ -93,7 +95,8 @@ class Scenario:
         )
 
     def imported(self, path: str) -> Candidate:
-        """A policy class of one's own, `package.module:Class`. Raises ConfigError."""
+        """A policy class of one's own, `package.module:Class`; the one that the config names, with its arguments
+        from there. Raises ConfigError."""
         module, _, name = path.partition(":")
         try:
             policy = getattr(importlib.import_module(module), name)
@@ -102,7 +105,9 @@ class Scenario:
                 f"--policy is {path!r}, which cannot be imported ({error}); allowed: drain-time, stock, fixed, "
                 "all, or package.module:Class"
             ) from None
-        return Candidate(path, self.scaling, policy)
+        named, kwargs = self.own_policy or ("", {})
+        make = functools.partial(policy, **kwargs) if same_path(path, named) else policy
+        return Candidate(path, self.scaling, make)
 
 
 class InstantReaction:
@@ -137,7 +142,10 @@ def read(path: Path, variant: str | None) -> Scenario:
             f"{path}: the Reranker of {variant} has no autoscaling_config, so there is nothing to simulate"
         )
     policy = scaling.pop("policy", None) or {}
-    kwargs = policy.get("policy_kwargs") or {}
+    function, kwargs = policy.get("policy_function"), policy.get("policy_kwargs") or {}
+    own_policy = None
+    if function is None or not same_path(function, DRAIN_TIME_PATH):
+        own_policy, kwargs = (function, kwargs) if function else None, dict(DRAIN_TIME)
     defaults = AutoscalingConfig()
     scaling = {"min_replicas": defaults.min_replicas, "max_replicas": defaults.max_replicas, **scaling}
     settings = next(iter(file.gateways.values()), None)
@@ -150,7 +158,7 @@ def read(path: Path, variant: str | None) -> Scenario:
     )
     # A replica without a GPU counts as one.
     num_gpus = float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 1)
-    return Scenario(Variant(service, NodeType(), num_gpus), scaling, kwargs or dict(DRAIN_TIME))
+    return Scenario(Variant(service, NodeType(), num_gpus), scaling, kwargs, own_policy)
 
 
 def _timeout_s(settings: GatewaySettings, variant: str) -> float:

@@ -6,9 +6,11 @@ import json
 import math
 import time
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
@@ -349,6 +351,41 @@ def test_a_policy_of_ones_own_runs_by_its_import_path(tmp_path, monkeypatch, cap
     assert "mypolicy:Nine" in capsys.readouterr().out
 
 
+def test_a_config_s_own_policy_gets_its_arguments_and_the_others_none_of_them(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ownpolicy.py").write_text(
+        "class Many:\n    def __init__(self, replicas):\n        self.replicas = replicas\n\n"
+        "    def __call__(self, ctx):\n        return self.replicas, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trace = tmp_path / "mine.csv"
+    trace.write_text("seconds,calls_per_s,tokens_per_call\n0,20,3000\n60,20,3000\n")
+    fleet = yaml.safe_load(Path("configs/fleet.yaml").read_text())
+    (application,) = (a for a in fleet["applications"] if a["name"] == "qwen3-4b")
+    policy = {"policy_function": "ownpolicy.Many", "policy_kwargs": {"replicas": 3}}
+    application["deployments"][0]["autoscaling_config"]["policy"] = policy
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(fleet))
+    words = ["simulate", "--config", str(config), "--variant", "qwen3-4b", "--trace", str(trace)]
+    assert main([*words, "--policy", "ownpolicy:Many"]) == 0
+    assert main([*words, "--policy", "drain-time"]) == 0
+    scenario = read(config, "qwen3-4b")
+    assert scenario.imported("ownpolicy:Many").make()(None) == (3, {})
+    assert scenario.policy_kwargs == Scenario().policy_kwargs
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"target_drain_s": 3.0, "expected_tokens_per_s": 9000.0}])
+def test_a_config_s_drain_time_is_simulated_with_its_own_arguments(tmp_path, kwargs):
+    fleet = yaml.safe_load(Path("configs/fleet.yaml").read_text())
+    (application,) = (a for a in fleet["applications"] if a["name"] == "qwen3-4b")
+    policy = {"policy_function": "serve_app.autoscaling.DrainTime", "policy_kwargs": kwargs}
+    application["deployments"][0]["autoscaling_config"]["policy"] = policy
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fleet))
+    scenario = read(tmp_path / "config.yaml", "qwen3-4b")
+    made, meant = scenario.drain_time().make(), DrainTime(**kwargs)
+    assert (made.target_drain_s, made.expected_tokens_per_s) == (meant.target_drain_s, meant.expected_tokens_per_s)
+    assert scenario.variant.service.tokens_per_s == kwargs.get("expected_tokens_per_s", Service().tokens_per_s)
+
+
 def test_a_config_gives_a_variant_its_limits_and_deadline():
     scenario = read_fleet("qwen3-4b")
     assert scenario.variant.num_gpus == 0.5
@@ -361,8 +398,6 @@ def test_a_config_gives_a_variant_its_limits_and_deadline():
 
 
 def read_fleet(variant):
-    from pathlib import Path
-
     return read(Path("configs/fleet.yaml"), variant)
 
 
