@@ -69,6 +69,8 @@ class Rollouts:
         self._ask = ask
         self.clock = clock
         self._splits = Splits()
+        # How far the controller's clock is ahead of this machine's: it judges calls by when they were.
+        self._ahead_s = 0.0
         self._counters = Counters()
         self._searches: deque[Search] = deque(maxlen=_UNSENT_SEARCHES)
         self._unsent: deque[Report] = deque(maxlen=_UNSENT_REPORTS)
@@ -121,7 +123,7 @@ class Rollouts:
     ) -> None:
         """Counts a call that `place` put somewhere: an answer, or that there was none. `took_s` is None for an
         answer with scores from the cache, of which the two sides have unequal parts."""
-        now = time.time()
+        now = self._now()
         figures = self._counters.at(place.split.rollout, place.role, now)
         figures.add(None if took_s is None else took_s * 1e3, error=error, degraded=degraded, scores=scores)
         if took_s is not None and not error:
@@ -164,8 +166,11 @@ class Rollouts:
     ) -> None:
         """Counts a mirrored call: stable's order and the canary's, or None where the canary failed it or left
         something out (`degraded`)."""
-        figures = self._counters.at(split.rollout, "canary", time.time())
+        figures = self._counters.at(split.rollout, "canary", self._now())
         figures.add_mirrored(compare(*orders) if orders is not None else None, degraded=degraded)
+
+    def _now(self) -> float:
+        return time.time() + self._ahead_s
 
     # ---- once a second
 
@@ -196,6 +201,8 @@ class Rollouts:
         if self._app == app:
             # The settings may have changed meanwhile.
             self._splits = splits
+            if splits.said_at is not None:
+                self._ahead_s = splits.said_at - time.time()
         live = {split.rollout for splits in self._splits.by_route.values() for split in splits if split.live}
         self._latencies = {name: found for name, found in self._latencies.items() if name in live}
         self._computed_at = {side: at for side, at in self._computed_at.items() if side[0] in live}

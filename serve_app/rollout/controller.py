@@ -243,7 +243,7 @@ class Controller:
             await asyncio.to_thread(self.store.add_figures, news.reports)
         if time.monotonic() - self._splits_at > _SPLITS_S:
             await self._read_splits()
-        return self._splits
+        return replace(self._splits, said_at=time.time())
 
     async def _read_splits(self) -> list[Rollout]:
         """Reads what is in force. Promoted rollouts that no calls reach any more come back."""

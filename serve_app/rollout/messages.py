@@ -27,9 +27,11 @@ class News:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What is in force, by route, oldest first. Whole: a gateway replaces all it had."""
+    """What is in force, by route, oldest first. Whole: a gateway replaces all it had. `said_at` is the
+    controller's time, by which gateways count."""
 
     by_route: dict[str, tuple[Split, ...]] = field(default_factory=dict)
+    said_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -616,6 +617,26 @@ def test_weights_stay_in_force_while_the_application_is_away() -> None:
         assert rollouts.of("default") == (split(25),)
         application.loses = False
         await until(lambda: rollouts.of("default") == (split(50),), "the new weights")
+        await stop(rollouts)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("ahead_s", [-600.0, 600.0])
+def test_calls_are_counted_by_the_controllers_clock(ahead_s: float) -> None:
+    async def scenario() -> None:
+        application = Application(split(100))
+        application.splits = replace(application.splits, said_at=time.time() + ahead_s)
+        rollouts = await followed(application)
+        await exchanged(application)
+        rollouts.answered(Place(split(100), "canary"), "q", 0.1, searched=True)
+        rollouts.mirrored(split(100), None)
+        await exchanged(application)
+        reports = [report for news in application.news for report in news.reports]
+        assert counted(application.news)["canary"].calls == 1
+        searches = [search.at for news in application.news for search in news.searches]
+        assert all(abs(at - time.time() - ahead_s) < 60 for at in [*searches, *(r.bucket for r in reports)])
+        assert searches
         await stop(rollouts)
 
     asyncio.run(scenario())
