@@ -245,7 +245,11 @@ def _stop() -> None:
     descendants = _descendants()
     if ray.is_initialized():
         # Ray tells the end of Serve's controller as a failure.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             # Serve's own shutdown lets calls under way finish; Ray's ends what is still there.
             with contextlib.suppress(Exception):
                 from ray import serve

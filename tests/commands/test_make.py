@@ -132,7 +132,7 @@ def test_make_stop_needs_only_one_of_the_environments(tmp_path, made):
         command.parent.mkdir(parents=True)
         command.write_text('#!/bin/sh\necho "$@"\n')
         command.chmod(0o755)
-    stop = ["make", "-f", ROOT / "Makefile", "stop", "PORT=8080"]
+    stop = ["make", "--no-print-directory", "-f", ROOT / "Makefile", "stop", "PORT=8080"]
     stopped = subprocess.run(stop, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert stopped.stdout == ("down --port 8080\n" if made else "")
 
