@@ -87,9 +87,9 @@ class Reranker:
         )
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         # The first batch is slower than any later one; by the second the engine's watchdog knows how fast it is.
-        # Of the same query, the prefix cache would leave little to read.
-        for query in ("warm", "up"):
-            await self.score(ScoreRequest(query=query, documents=["up " * 100], timeout_s=300))
+        # Of the same query, the prefix cache would leave little to read; a long text takes a large model seconds.
+        for query, document in (("warm", "up"), ("up", "warm " * 20)):
+            await self.score(ScoreRequest(query=query, documents=[document], timeout_s=300))
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         self._reporting = asyncio.get_running_loop().create_task(report_load(self._meter))
         logger.info(
