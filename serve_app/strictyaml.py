@@ -13,6 +13,10 @@ class YamlError(ValueError):
         super().__init__(message)
         self.line = line
 
+    def within(self, what: str) -> str:
+        """The message in whole, of the text that is `what`."""
+        return f"{what}{f', line {self.line}' if self.line else ''}: {self}"
+
 
 def parse(text: str) -> Any:
     """What `text` says. Raises YamlError."""

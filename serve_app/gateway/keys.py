@@ -85,7 +85,7 @@ def _from_yaml(text: str, path: str) -> list[Key]:
     try:
         parsed = strictyaml.parse(text)
     except strictyaml.YamlError as error:
-        raise KeysError(f"{path}{f', line {error.line}' if error.line else ''}: {error}") from None
+        raise KeysError(error.within(path)) from None
     # An empty file would open the gateway to everybody.
     if not isinstance(parsed, dict) or not parsed:
         raise KeysError(f"{path}: is no mapping of names to keys, or has none")

@@ -202,7 +202,7 @@ def parse(text: str) -> RolloutDocument:
     try:
         raw = strictyaml.parse(text)
     except strictyaml.YamlError as error:
-        raise ValueError(f"rollout{f', line {error.line}' if error.line else ''}: {error}") from None
+        raise ValueError(error.within("rollout")) from None
     try:
         return RolloutDocument.model_validate(raw)
     except ValidationError as error:
