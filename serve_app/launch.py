@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, refuse_strangers
+from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, refuse_strangers, secret
 from serve_app.configfile import ConfigFile
 
 # Engines of the largest models read their weights from a network disk.
@@ -131,7 +131,7 @@ def _is_open(config: ConfigFile) -> bool:
 
 
 def _has_keys() -> bool:
-    return any(os.environ.get(name, "").strip() for name in (API_KEYS, API_KEYS_FILE))
+    return any(map(secret, (API_KEYS, API_KEYS_FILE)))
 
 
 def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environment: dict[str, str]) -> None:
