@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.config import RerankerArgs, YesNoPrompt, closest
-from serve_app.reranker.memory import GIB, MOST, is_decoder, kv_cache_bytes, utilisation
+from serve_app.reranker.memory import GIB, MOST, is_decoder, kv_cache_bytes, longest_prompt, utilisation
 from serve_app.reranker.model import Model
 
 # Set by the variant's own settings; a second value under `engine` could only contradict them.
@@ -79,9 +79,7 @@ def engine_settings(
             settings["block_size"] = 32
     elif not is_decoder(model.config):
         # Encoders read a text in one step, so the longest has to fit into one.
-        longest = args.engine.get("max_model_len")
-        if not isinstance(longest, int):
-            longest = int(model.config.get("max_position_embeddings") or 0)
+        longest = longest_prompt(model.config, args.engine.get("max_model_len"))
         settings["max_num_batched_tokens"] = max(settings["max_num_batched_tokens"], longest)
     settings |= args.engine
     settings |= {"model": str(model.folder), "runner": "pooling"}

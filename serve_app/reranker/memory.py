@@ -112,6 +112,12 @@ def is_decoder(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in _DECODERS and config.get("is_causal", True)
 
 
+def longest_prompt(config: Mapping[str, Any], max_model_len: Any) -> int:
+    """Tokens: `engine.max_model_len` where it is a number, else what the model has positions for; 0 where it names
+    none."""
+    return max_model_len if isinstance(max_model_len, int) else int(config.get("max_position_embeddings") or 0)
+
+
 def parameters(config: Mapping[str, Any]) -> Parameters | None:
     """Counts parameters by the published architectures; None for one that isn't known here.
 
@@ -202,7 +208,7 @@ def kv_cache_bytes(
     An estimate from above for models whose layers don't all attend fully."""
     if not config.get("num_attention_heads"):
         return 0
-    length = max_model_len if isinstance(max_model_len, int) else int(config.get("max_position_embeddings") or 0)
+    length = longest_prompt(config, max_model_len)
     block = block_size or 128
     return (math.ceil(length / block) + 1) * block * kv_bytes_a_token(config, dtype, kv_cache_dtype, ranks)
 

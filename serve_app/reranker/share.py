@@ -99,9 +99,7 @@ def judge(args: RerankerArgs, shape: Shape, gpus: float, card_bytes: int) -> Fit
     config = shape.config
     ranks = settings["tensor_parallel_size"]
     budget = int(settings["gpu_memory_utilization"] * card_bytes)
-    longest = settings.get("max_model_len")
-    if not isinstance(longest, int):
-        longest = int(config.get("max_position_embeddings") or 0)
+    longest = memory.longest_prompt(config, settings.get("max_model_len"))
     if settings.get("quantization") == "fp8" and not config.get("quantization_config"):
         raise ValueError(
             "engine.quantization is 'fp8', which vLLM takes for checkpoints in FP8 only, and this one isn't; "
