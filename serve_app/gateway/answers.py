@@ -46,9 +46,9 @@ def rerank_answer(
 ) -> dict[str, Any]:
     """The answer of the rerank dialects; `documents` puts each result's document in, `raw_scores` gives logits."""
     results: list[dict[str, Any]] = []
+    scores = _logits(ranking.scores) if raw_scores else ranking.scores
     for position in ranking.order[:top_n]:
-        score = ranking.scores[position]
-        result: dict[str, Any] = {"index": position, "relevance_score": _logit(score) if raw_scores else score}
+        result: dict[str, Any] = {"index": position, "relevance_score": scores[position]}
         if documents is not None:
             result["document"] = documents[position]
         results.append(result)
@@ -69,9 +69,9 @@ def rerank_answer(
 def tei_answer(ranking: Ranking, texts: Sequence[str] | None, raw_scores: bool) -> list[dict[str, Any]]:
     """TEI's rerank answer, the best first; `texts` puts each result's text in."""
     results: list[dict[str, Any]] = []
+    scores = _logits(ranking.scores) if raw_scores else ranking.scores
     for position in ranking.order:
-        score = ranking.scores[position]
-        result: dict[str, Any] = {"index": position, "score": _logit(score) if raw_scores else score}
+        result: dict[str, Any] = {"index": position, "score": scores[position]}
         if texts is not None:
             result["text"] = texts[position]
         results.append(result)
@@ -82,7 +82,7 @@ def score_answer(
     call: Call, scores: Sequence[float], reports: Sequence[StageReport], raw_scores: bool
 ) -> dict[str, Any]:
     """vLLM's score answer; `raw_scores` gives logits."""
-    scores = [_logit(score) for score in scores] if raw_scores else scores
+    scores = _logits(scores) if raw_scores else scores
     return {
         "id": call.request_id,
         "object": "list",
@@ -133,9 +133,9 @@ def _stage(report: StageReport) -> dict[str, Any]:
     return body
 
 
-def _logit(score: float) -> float:
-    p = min(max(score, _LEAST_PROBABILITY), 1 - _LEAST_PROBABILITY)
-    return math.log(p) - math.log1p(-p)
+def _logits(scores: Sequence[float]) -> list[float]:
+    bounded = [min(max(score, _LEAST_PROBABILITY), 1 - _LEAST_PROBABILITY) for score in scores]
+    return [math.log(p) - math.log1p(-p) for p in bounded]
 
 
 def _usage(reports: Sequence[StageReport]) -> dict[str, int]:
