@@ -5,7 +5,7 @@ import contextlib
 from typing import Any
 
 from serve_app.reranker.core_engine import CoreEngine
-from serve_app.reranker.engine import Task, line, vllm_args
+from serve_app.reranker.engine import Task, between_steps, line, vllm_args
 from serve_app.reranker.messages import EngineError
 
 
@@ -48,8 +48,7 @@ class AsyncEngine(CoreEngine):
             await self._llm.engine_core.abort_requests_async(request_ids)
 
     async def _answers(self) -> None:
-        with contextlib.suppress(Exception):
-            await self._llm.is_sleeping()
+        await between_steps(self._llm)
 
     async def _read(self) -> None:
         try:

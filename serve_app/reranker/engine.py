@@ -1,5 +1,6 @@
 """vLLM behind a narrow interface: prompts in, vectors out. Which of two ways drives it follows from the device."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ def vllm_args(settings: dict[str, Any]) -> Any:
     if isinstance(settings.get("pooler_config"), dict):
         settings["pooler_config"] = PoolerConfig(**settings["pooler_config"])
     return AsyncEngineArgs(**settings)
+
+
+async def between_steps(llm: Any) -> None:
+    """Returns once the core of an `AsyncLLM` has looked at its queue, or is dead."""
+    with contextlib.suppress(Exception):
+        await llm.is_sleeping()
 
 
 def prepare_environment(cpus: float) -> None:

@@ -1,7 +1,6 @@
 """vLLM's asynchronous engine through its public interface alone: slower, for versions whose core is another."""
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.reranker.engine import Pooled, Task, line, vllm_args
+from serve_app.reranker.engine import Pooled, Task, between_steps, line, vllm_args
 from serve_app.reranker.messages import EngineError
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.watchdog import Watchdog
@@ -64,17 +63,13 @@ class PublicEngine:
             await self._llm.check_health()
         except Exception as error:
             raise EngineError(f"engine is dead: {line(error)}") from error
-        self._watchdog.check(self._answers)
+        self._watchdog.check(lambda: between_steps(self._llm))
 
     def unfinished(self) -> int:
         return int(self._llm.get_num_unfinished_requests())
 
     def close(self) -> None:
         self._llm.shutdown(timeout=5)
-
-    async def _answers(self) -> None:
-        with contextlib.suppress(Exception):
-            await self._llm.is_sleeping()
 
     async def _one(self, prompt: Prompt, request_id: str, priority: int) -> tuple[npt.NDArray[np.float32], int]:
         kinds = None if prompt.second_from is None else {"compressed_token_type_ids": prompt.second_from}
