@@ -56,19 +56,20 @@ def write_waiting(handler: logging.handlers.MemoryHandler) -> None:
 
 def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.LogRecord]) -> None:
     """Like its `emit` for every record, with one look at the file and one write for all of them."""
-    lines, formatted = [], []
+    lines: list[str] = []
+    first = None
     for record in records:
         try:
             lines.append(file.format(record) + file.terminator)
         except Exception:
             file.handleError(record)
         else:
-            formatted.append(record)
-    if not formatted:
+            first = first or record
+    if first is None:
         return
     file.acquire()
     try:
-        if file.shouldRollover(formatted[0]):
+        if file.shouldRollover(first):
             file.doRollover()
         if file.stream is None:
             file.stream = file._open()
@@ -76,6 +77,6 @@ def _append(file: logging.handlers.RotatingFileHandler, records: list[logging.Lo
         file.flush()
     except Exception:
         # As `emit` does where the disk is full.
-        file.handleError(formatted[0])
+        file.handleError(first)
     finally:
         file.release()
