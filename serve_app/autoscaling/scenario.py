@@ -143,22 +143,22 @@ def read(path: Path, variant: str | None) -> Scenario:
         )
     policy = scaling.pop("policy", None) or {}
     function, kwargs = policy.get("policy_function"), policy.get("policy_kwargs") or {}
-    own_policy = None
-    if function is None or not same_path(function, DRAIN_TIME_PATH):
-        own_policy, kwargs = (function, kwargs) if function else None, dict(DRAIN_TIME)
+    is_ours = function is not None and same_path(function, DRAIN_TIME_PATH)
+    own_policy = (function, kwargs) if function and not is_ours else None
+    drain_time = kwargs if is_ours else dict(DRAIN_TIME)
     defaults = AutoscalingConfig()
     scaling = {"min_replicas": defaults.min_replicas, "max_replicas": defaults.max_replicas, **scaling}
     settings = next(iter(file.gateways.values()), None)
     gateway = settings.variants.get(variant) if settings else None
     service = Service(
-        tokens_per_s=kwargs.get("expected_tokens_per_s") or Service().tokens_per_s,
+        tokens_per_s=drain_time.get("expected_tokens_per_s") or Service().tokens_per_s,
         pairs_per_call=gateway.pairs_per_call if gateway else Service().pairs_per_call,
         max_ongoing_requests=deployment.get("max_ongoing_requests") or Service().max_ongoing_requests,
         timeout_s=_timeout_s(settings, variant) if settings else Service().timeout_s,
     )
     # A replica without a GPU counts as one.
     num_gpus = float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 1)
-    return Scenario(Variant(service, NodeType(), num_gpus), scaling, kwargs, own_policy)
+    return Scenario(Variant(service, NodeType(), num_gpus), scaling, drain_time, own_policy)
 
 
 def _timeout_s(settings: GatewaySettings, variant: str) -> float:
