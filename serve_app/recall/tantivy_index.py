@@ -71,7 +71,7 @@ class TantivyIndex:
         try:
             with open(build / DOCUMENTS, "rb") as documents:
                 self._documents = mmap.mmap(documents.fileno(), 0, access=mmap.ACCESS_READ)
-            index = _open(build / BM25)
+            index = _open_linked(build / BM25)
         except (OSError, ValueError) as error:
             if not build.exists():
                 raise FileNotFoundError(build) from error
@@ -140,7 +140,7 @@ def new_index(folder: Path) -> tantivy.Index:
     return index
 
 
-def _open(folder: Path) -> tantivy.Index:
+def _open_linked(folder: Path) -> tantivy.Index:
     """tantivy writes a lock beside the files of an index that it reads, and the folder may be another user's or on
     a volume that is mounted read-only; so it gets a folder of its own, with links. What is open stays open."""
     with tempfile.TemporaryDirectory(prefix="serve-app-index-") as own:
