@@ -25,9 +25,10 @@ def check_documents(settings: GatewaySettings, documents: Sequence[str], param: 
     if not documents:
         raise ApiError("invalid_request", f"{param} is empty", param=param)
     limit(settings, "max_documents", len(documents), param, "documents")
-    for i, document in enumerate(documents):
-        limit(settings, "max_document_chars", len(document), f"{param}[{i}]", "characters")
-    if all(is_blank(document) for document in documents):
+    if max(map(len, documents)) > settings.limits.max_document_chars:
+        for i, document in enumerate(documents):
+            limit(settings, "max_document_chars", len(document), f"{param}[{i}]", "characters")
+    if all(map(is_blank, documents)):
         raise ApiError("invalid_request", f"{param} holds nothing but blank texts", param=param)
 
 
