@@ -24,7 +24,7 @@ HEADERS = {"Authorization": f"Bearer {_KEY}"}
 
 def config(settings: dict[str, Any], *applications: dict[str, Any]) -> dict[str, Any]:
     """A gateway with `settings`, and other applications, on a free port."""
-    from tests.system.conftest import free_port
+    from tests.ports import free_port
 
     gateway = {
         "name": "gateway",

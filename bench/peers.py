@@ -97,7 +97,7 @@ def ours(model: Path, dtype: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def vllm_server(model: Path, dtype: str, folder: Path, *, tuned: bool) -> Iterator[str]:
-    from tests.system.conftest import free_port
+    from tests.ports import free_port
 
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]

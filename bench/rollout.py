@@ -79,7 +79,8 @@ def mirror_cost(rounds: int, own_hardware: bool) -> dict[str, Any]:
     from serve_app.access import ADMIN_KEY
     from serve_app.launch import ENVIRONMENT
     from serve_app.recall.builder import build_index
-    from tests.system.conftest import System, free_port, serving, wait_for
+    from tests.ports import free_port
+    from tests.system.conftest import System, serving, wait_for
 
     os.environ.update(ENVIRONMENT)
     os.environ[ADMIN_KEY] = key = "bench"

@@ -18,7 +18,8 @@ import pytest
 import ray
 
 from serve_app.launch import ENVIRONMENT
-from tests.system.conftest import free_port, wait_for
+from tests.ports import free_port
+from tests.system.conftest import wait_for
 
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.commands.test_make import ROOT, Serving, free_port, interrupt, serve_app
+from tests.commands.test_make import ROOT, Serving, interrupt, serve_app
+from tests.ports import free_port
 
 BODIES = {
     "/v1/search": {"query": "desk lamp"},

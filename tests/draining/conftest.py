@@ -9,11 +9,11 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tests.ports import free_port
 from tests.rollout.conftest import scorer, settings, variant
 from tests.system.conftest import (
     System,
     catalog_index,  # noqa: F401
-    free_port,
     wait_for,
 )
 

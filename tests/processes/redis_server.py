@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 
 class RedisServer:
     """A server of the test's own, with its files in `folder`."""
 
     def __init__(self, folder: Path, *settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         own = {"--port": str(self.port), "--bind": "127.0.0.1", "--dir": str(folder), "--save": ""}
         self.settings = [*(word for setting in own.items() for word in setting), *settings]
         self.start()

@@ -15,11 +15,11 @@ import httpx
 import pytest
 
 from serve_app.access import ADMIN_KEY
+from tests.ports import free_port
 from tests.system.conftest import (
     ROOT,
     System,
     catalog_index,  # noqa: F401
-    free_port,
     serving,
     wait_for,
 )

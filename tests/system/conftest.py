@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from serve_app.launch import ENVIRONMENT
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
 from tests import models
 from tests.otlp import Receiver
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MINILM = {
@@ -26,12 +26,6 @@ MINILM = {
     "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "kind": "bi-encoder",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], limit_s: float = 240, every_s: float = 0.5, what: str = "") -> Any:

@@ -13,13 +13,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serve_app.access import ADMIN_KEY, API_KEYS
+from tests.ports import free_port
 from tests.rollout.conftest import scorer, variant
 from tests.system.conftest import (
     MINILM,
     ROOT,
     System,
     catalog_index,  # noqa: F401
-    free_port,
     reranker,
     serving,
 )

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from serve_app.drain import DrainError, _reachable, drain
-from tests.system.conftest import free_port
+from tests.ports import free_port
 
 
 def test_without_a_head_it_waits_for_the_last_client(monkeypatch: pytest.MonkeyPatch) -> None:
