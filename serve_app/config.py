@@ -13,6 +13,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+# Clients name a route as their model, so it may be called as a model on the hub is: Qwen/Qwen3-Reranker-0.6B.
+RouteName = Annotated[
+    str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
+]
 
 # scheme://host[:port] as browsers send it, so without a path.
 _ORIGIN = r"^(\*|https?://[a-z0-9.-]+(:[0-9]{1,5})?)$"
@@ -232,7 +236,7 @@ class GatewaySettings(Block):
     rollout: Name | None = None
     variants: dict[Name, Variant] = Field(default_factory=dict)
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
-    routes: dict[Name, Route] = Field(min_length=1)
+    routes: dict[RouteName, Route] = Field(min_length=1)
     limits: Limits = Limits()
     # null: every score is computed.
     cache: Cache | None = Cache()

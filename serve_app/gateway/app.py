@@ -162,12 +162,14 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     for path in ("/v1/score", "/score"):
         app.post(path, **_takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)"))(score)
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", summary="Names that `model` may have", responses={503: _ERRORS[503]})
     async def models(request: Request) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         return _json(service.models())
 
-    @app.get("/v1/models/{name}", summary="One of them", responses={s: _ERRORS[s] for s in (404, 503)})
+    # A route's name may have slashes, as they are or percent-encoded.
+    @app.get("/v1/models/{name:path}", summary="One of them", responses={s: _ERRORS[s] for s in (404, 503)})
     async def model(request: Request, name: str) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         for entry in service.models()["data"]:

@@ -210,6 +210,17 @@ def test_a_name_stands_for_one_thing():
     )
 
 
+def test_routes_alone_may_be_called_as_models_on_the_hub_are():
+    route = {"weights": {"p": 1}}
+    for name in ("Qwen/Qwen3-Reranker-0.6B", "a/b/c", "n" * 128):
+        settings = {"pipelines": {"p": {}}, "routes": {name: route}}
+        assert GatewaySettings.model_validate(settings).default_route == name
+    for name in ("/a", "a/", "a//b", "a/../b", "a b", "", "n" * 129):
+        assert f"routes.{name}" in refused(lambda s, name=name: s["routes"].update({name: route}))
+    assert "pipelines.a/b" in refused(lambda s: s["pipelines"].update({"a/b": {}}))
+    assert "variants.a/b" in refused(lambda s: s.update(variants={"a/b": {}}))
+
+
 def test_limits_hold_for_the_settings_themselves():
     assert "limits.max_recall_k is 20" in refused(lambda s: s.update(limits={"max_recall_k": 20}))
     assert "limits.max_timeout_ms is 100" in refused(lambda s: s.update(limits={"max_timeout_ms": 100}))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from serve_app.gateway.pipeline import StageFailure
-from tests.unit.gateway_double import FleetDouble, Gateway
+from tests.unit.gateway_double import SETTINGS, FleetDouble, Gateway
 
 RERANK = {"query": "q", "documents": ["document number 1"], "model": "small"}
 
@@ -18,6 +18,17 @@ def test_a_model_is_described_by_its_name():
     assert {entry["model_type"] for entry in listed} == {"rerank"}
     unknown = gateway.request("GET", "/v1/models/nope")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_route_may_be_called_as_a_model_on_the_hub_is():
+    name = "Qwen/Qwen3-Reranker-0.6B"
+    gateway = Gateway(settings={**SETTINGS, "routes": {name: {"weights": {"one": 100}}}})
+    answer = gateway.post("/v1/rerank", {**RERANK, "model": name}).json()
+    assert (answer["model"], answer["meta"]["route"], answer["meta"]["why"]) == (name, name, "split")
+    for written in (name, name.replace("/", "%2F")):
+        assert gateway.request("GET", f"/v1/models/{written}").json()["id"] == name
+    assert gateway.request("GET", f"/v1/models/{name}/more").status_code == 404
+    assert gateway.request("GET", "/v1/models/").json() == gateway.request("GET", "/v1/models").json()
 
 
 @pytest.mark.parametrize(("keys", "needed"), [("", False), ("shop:shop-0123456789abcdef", True)])
