@@ -182,10 +182,13 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def cluster_auth(request: Request) -> Response:
         return _json({"auth": bool(service.keys.known)})
 
-    @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", summary="The gateway is up")
-    async def healthz(request: Request) -> Response:
+    async def health(request: Request) -> Response:
         return _json({"status": "ok"})
+
+    # The second is what vLLM's and TEI's clients probe.
+    for path in ("/healthz", "/health"):
+        app.get(path, summary="The gateway is up")(health)
+        app.head(path, include_in_schema=False)(health)
 
     @app.get("/readyz", summary="What the routes need is up", responses={503: {"description": "Not yet"}})
     async def readyz(request: Request) -> Response:

@@ -39,6 +39,14 @@ def test_xinferences_client_is_told_whether_a_key_is_needed(monkeypatch, keys, n
     assert gateway.request("GET", "/v1/models/small").status_code == (401 if needed else 200)
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/health"])
+def test_probes_need_no_key(monkeypatch, path):
+    monkeypatch.setenv("SERVE_APP_API_KEYS", "shop:shop-0123456789abcdef")
+    gateway = Gateway()
+    assert gateway.request("GET", path).json() == {"status": "ok"}
+    assert gateway.request("HEAD", path).status_code == 200
+
+
 def test_errors_have_the_message_where_each_client_looks():
     body = Gateway().post("/v1/rerank", {**RERANK, "documents": []}).json()
     assert body["message"] == body["detail"] == body["error"]["message"] == "documents is empty"
