@@ -177,6 +177,11 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
                 return _json(entry)
         raise ApiError("model_not_found", f"there is no model {name[:80]!r}; see /v1/models")
 
+    @app.get("/info", summary="The default route, as TEI describes its model", responses={503: _ERRORS[503]})
+    async def info(request: Request) -> Response:
+        service.keys.check(request.headers.get("authorization", ""))
+        return _json(service.info())
+
     # Without this, Xinference's client sends no key.
     @app.get("/v1/cluster/auth", include_in_schema=False)
     async def cluster_auth(request: Request) -> Response:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from serve_app import __version__
 from serve_app.config import GatewaySettings, Stage, explain
 from serve_app.gateway import lexical
 from serve_app.gateway.canary import SHOWN, answer
@@ -302,6 +303,17 @@ class Service:
         # `model_type` is Xinference's.
         frame = {"object": "model", "created": 0, "owned_by": "serve-app", "model_type": "rerank"}
         return {"object": "list", "data": [{**frame, **entry} for entry in entries]}
+
+    def info(self) -> dict[str, Any]:
+        """What TEI's clients ask before their first call: Dify's takes batches of one where no size is said."""
+        settings = self.settings
+        return {
+            "model_id": settings.default_route,
+            "model_type": {"reranker": {}},
+            "max_concurrent_requests": settings.limits.max_concurrent_calls,
+            "max_client_batch_size": settings.limits.max_documents,
+            "version": __version__,
+        }
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
         """Whether calls can be answered, be it degraded: recall, where there is one, has a replica. And what each

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve_app import __version__
 from tests.unit.gateway_double import FleetDouble, Gateway
 
 TEXTS = ["document number 3", "document number 9", "document number 5"]
@@ -31,6 +32,20 @@ def test_raw_scores_are_logits_within_what_float64_can_say():
     assert [rank["score"] for rank in tei(ends, raw_scores=True).json()] == pytest.approx(
         [36.74, -36.74, -36.74], 1e-3
     )
+
+
+def test_info_describes_the_default_route_to_who_has_a_key(monkeypatch):
+    monkeypatch.setenv("SERVE_APP_API_KEYS", "shop:shop-0123456789abcdef")
+    gateway = Gateway()
+    assert gateway.request("GET", "/info").status_code == 401
+    bearer = {"Authorization": "Bearer shop-0123456789abcdef"}
+    assert gateway.request("GET", "/info", headers=bearer).json() == {
+        "model_id": "default",
+        "model_type": {"reranker": {}},
+        "max_concurrent_requests": 256,
+        "max_client_batch_size": 20,
+        "version": __version__,
+    }
 
 
 class Cutting(FleetDouble):
