@@ -71,7 +71,9 @@ class NodeNow(BaseModel):
 class VariantNow(BaseModel):
     pending_tokens: float
     tokens_per_s: float = Field(description="While busy, of all replicas; 0 until measured.")
-    drain_s: float | None = Field(description="pending_tokens / tokens_per_s; null while nothing was ever scored.")
+    drain_s: float | None = Field(
+        description="pending_tokens / tokens_per_s; null while tokens wait and nothing was ever scored."
+    )
     target_drain_s: float | None
     pairs: float = Field(description="Since the start, as the next.")
     cache_hits: float
@@ -84,7 +86,7 @@ class CallsNow(BaseModel):
 
 
 class FleetAnswer(BaseModel):
-    """`variants` and `calls` are null where no node's metrics could be read."""
+    """`variants` and `calls` are null where the metrics of a node could not be read."""
 
     at: float = Field(description="Seconds since the epoch.")
     nodes: list[NodeNow]
@@ -295,12 +297,12 @@ def _look() -> tuple[dict[str, Any], list[Node]]:
 
 
 async def _scrape(nodes: Sequence[Node]) -> list[Sample] | None:
-    """Of all nodes that answer; None where none does."""
+    """Of all nodes; None where one of them does not answer: what is added up would be too little."""
     limits = httpx.Limits(max_connections=16)
     async with httpx.AsyncClient(timeout=_METRICS_TIMEOUT_S, limits=limits, trust_env=False) as client:
         pages = await asyncio.gather(*(_page(client, node.metrics_url) for node in nodes if node.metrics_url))
     read = [page for page in pages if page is not None]
-    return [sample for page in read for sample in page] if read else None
+    return [sample for page in read for sample in page] if pages and len(read) == len(pages) else None
 
 
 async def _page(client: httpx.AsyncClient, url: str) -> list[Sample] | None:

@@ -47,15 +47,13 @@ def per_s(samples: Sequence[Body], count: str) -> list[charts.Point]:
     for i, sample in enumerate(samples):
         while start < i and sample["at"] - samples[start]["at"] > _RATE_S:
             start += 1
-        counts = [s["calls"][count] if s["calls"] else None for s in samples[start : i + 1]]
-        known = [c for c in counts if c is not None]
-        elapsed = sample["at"] - samples[start]["at"]
-        if elapsed <= 0 or len(known) < len(counts):
+        known = [(s["at"], s["calls"][count]) for s in samples[start : i + 1] if s["calls"]]
+        if not sample["calls"] or len(known) < 2:
             points.append((sample["at"], None))
             continue
         # A node that left takes its counts along.
-        grown = sum(max(0.0, later - earlier) for earlier, later in pairwise(known))
-        points.append((sample["at"], grown / elapsed))
+        grown = sum(max(0.0, later - earlier) for (_, earlier), (_, later) in pairwise(known))
+        points.append((sample["at"], grown / (sample["at"] - known[0][0])))
     return points
 
 
@@ -101,7 +99,7 @@ def view(history: History) -> str:
         cards.append(charts.card(f"{name}: drain time", of_variant(samples, name, "drain_s"), "s", goal))
         cards.append(charts.card(f"{name}: replicas", running(samples, name, "Reranker")))
     missing = (
-        '<p class="note">No node\'s metrics could be read: calls and drain times are not known.</p>'
+        '<p class="note">The metrics of a node could not be read: calls and drain times are not known.</p>'
         if newest["calls"] is None
         else ""
     )

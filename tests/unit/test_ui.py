@@ -242,6 +242,11 @@ def test_a_node_that_leaves_makes_no_negative_rate():
     assert fleet.per_s([sample(0, 100), sample(10, None)], "answered")[-1][1] is None
 
 
+def test_what_was_missed_for_once_is_no_growth_and_leaves_rates_known():
+    rates = fleet.per_s([sample(0, 1000), sample(2, None), sample(4, 1040)], "answered")
+    assert [rate for _, rate in rates] == [None, None, 10.0]
+
+
 def test_history_is_bounded_and_takes_an_answer_once():
     history = fleet.History()
     for at in range(3000):
