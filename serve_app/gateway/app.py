@@ -146,7 +146,8 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
             call = _call(service, request, body)
             call, ranking = await service.rerank(call, body.query, body.documents)
             request.state.ran = call, ranking.reports
-            return rerank_answer(call, ranking, body.top_n, None, body.use_activation is False)
+            shown = [_shown(document) for document in body.documents] if body.return_documents else None
+            return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False)
 
         return await _answer(service, observe, request, wire.CohereV2Body, answer)
 

@@ -107,6 +107,9 @@ class CohereV2Body(Body):
     documents: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
     top_n: TopN = None
     use_activation: UseActivation = None
+    return_documents: bool | None = Field(
+        default=False, description="Cohere's v2 has it no more; vLLM's and litellm's clients send it."
+    )
     max_tokens_per_doc: int | None = Field(
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
     )

@@ -70,6 +70,16 @@ def test_vllms_zero_for_top_n_is_all_and_its_single_document_a_list(path):
     assert [result["relevance_score"] for result in answer["results"]] == [0.3]
 
 
+def test_v2_answers_with_documents_where_asked():
+    def first(**more):
+        return Gateway().post("/v2/rerank", {**RERANK, **more}).json()["results"][0]
+
+    assert first(return_documents=True)["document"] == {"text": "document number 1"}
+    assert "document" not in first(return_documents=False)
+    assert "document" not in first(return_documents=None)
+    assert "document" not in first()
+
+
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
 def test_vllms_use_activation_false_gives_logits(path):
     texts = ["document number 3", "document number 9"]
