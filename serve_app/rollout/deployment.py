@@ -74,17 +74,12 @@ class Rollout:
     async def events(self, events: Sequence[Event], raw: Sequence[str]) -> Reply:
         reply = await self._controller.events(events)
         if self._events_log is not None and reply.error is None:
-            await asyncio.to_thread(self._write, raw)
+            await asyncio.to_thread(_write, self._events_log, raw)
         return reply
 
     async def check_health(self) -> None:
         if self._running.done():
             raise RuntimeError("the controller's loop has ended")
-
-    def _write(self, raw: Sequence[str]) -> None:
-        assert self._events_log is not None
-        for line in raw:
-            self._events_log.emit(logging.LogRecord("events", logging.INFO, "", 0, line, None, None))
 
     async def _not_ready(self, variants: Sequence[str]) -> list[str]:
         waiting = await asyncio.to_thread(_without_replica, variants)
@@ -110,3 +105,10 @@ def _events_log(path: str) -> logging.handlers.RotatingFileHandler:
     return logging.handlers.RotatingFileHandler(
         path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1, encoding="utf-8"
     )
+
+
+def _write(log: logging.Handler, lines: Sequence[str]) -> None:
+    """On any thread: `handle` takes the log's lock, which `emit` leaves to it, so that nobody writes to a file that
+    another thread closes."""
+    for line in lines:
+        log.handle(logging.LogRecord("events", logging.INFO, "", 0, line, None, None))
