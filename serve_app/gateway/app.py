@@ -307,6 +307,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
     user = getattr(body, "user", None) or _header_user(settings, request, named_route or body.model)
     plan = resolve(settings, body.model, named_route, user, service.rollouts.of)
     asked_ms = body.timeout_ms or _header_timeout_ms(request)
+    template = getattr(body, "chat_template_kwargs", None)
     call = Call(
         request_id=_request_id(request),
         key=request.state.key,
@@ -314,7 +315,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
         plan=plan,
         deadline=Deadline.after(timeout_ms(settings, plan, asked_ms) / 1e3),
         started=time.monotonic(),
-        instruction=body.instruction,
+        instruction=(template and template.instruction) or body.instruction,
         max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
         fresh="no-cache" in re.split(r"[\s,]+", request.headers.get("cache-control", "").lower()),
     )

@@ -46,6 +46,18 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
+class TemplateArguments(Body):
+    """What means something here of the arguments that vLLM's clients give the chat template."""
+
+    instruction: Instruction = None
+
+
+ChatTemplateKwargs = Annotated[
+    TemplateArguments | None,
+    Field(default=None, description="As with vLLM: an instruction in here wins over the one beside it."),
+]
+
+
 class TextDocument(Body):
     """A document as an object. `rank_fields` of the call may name other fields than `text`."""
 
@@ -92,6 +104,7 @@ class RerankBody(Body):
         default=None, max_length=32, description="Fields of object documents to read."
     )
     instruction: Instruction = None
+    chat_template_kwargs: ChatTemplateKwargs = None
     max_tokens_per_doc: int | None = Field(
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
     )
@@ -114,6 +127,7 @@ class CohereV2Body(Body):
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
     )
     instruction: Instruction = None
+    chat_template_kwargs: ChatTemplateKwargs = None
     timeout_ms: TimeoutMs = None
     user: str | None = Field(default=None, max_length=256)
 
@@ -162,6 +176,7 @@ class ScoreBody(Body):
     data_2: str | list[str] | None = None
     use_activation: UseActivation = None
     instruction: Instruction = None
+    chat_template_kwargs: ChatTemplateKwargs = None
     max_tokens_per_doc: int | None = Field(default=None, ge=0)
     timeout_ms: TimeoutMs = None
 

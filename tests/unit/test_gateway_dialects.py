@@ -96,6 +96,22 @@ def test_vllms_use_activation_false_gives_logits(path):
     assert scores(use_activation=True) == scores(use_activation=None) == scores() == [0.3, 0.9]
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+def test_vllms_instruction_in_chat_template_kwargs_wins(path):
+    def instruction(**more):
+        fleet = FleetDouble()
+        body = {"model": "small", "query": "q", "queries": "q", "documents": ["document number 3"], **more}
+        assert Gateway(fleet).post(path, body).status_code == 200
+        return fleet.asked[0][1].instruction
+
+    assert instruction(chat_template_kwargs={"instruction": "a"}) == "a"
+    assert instruction(chat_template_kwargs={"instruction": "a", "other": 1}, instruction="b") == "a"
+    assert instruction(chat_template_kwargs={"other": 1}, instruction="b") == "b"
+    assert instruction(chat_template_kwargs=None) is None
+    refused = Gateway().post(path, {**RERANK, "queries": "q", "chat_template_kwargs": {"instruction": 1}})
+    assert refused.json()["error"]["param"] == "chat_template_kwargs.instruction"
+
+
 def test_an_answer_without_meta_says_in_a_header_what_it_went_without():
     def scores(variant, request):
         raise StageFailure("timeout", "small did not answer")
