@@ -41,6 +41,10 @@ ModelName = Annotated[
     str | None, Field(default=None, description="A route, a pipeline or a variant; see GET /v1/models.")
 ]
 
+TruncationSide = Annotated[
+    Literal["right"] | None, Field(default=None, description="Of vLLM's two sides the one that is cut here.")
+]
+
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
@@ -105,6 +109,7 @@ class RerankBody(Body):
     )
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
+    truncation_side: TruncationSide = None
     max_tokens_per_doc: int | None = Field(
         default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
     )
@@ -128,6 +133,7 @@ class CohereV2Body(Body):
     )
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
+    truncation_side: TruncationSide = None
     timeout_ms: TimeoutMs = None
     user: str | None = Field(default=None, max_length=256)
 
@@ -177,6 +183,7 @@ class ScoreBody(Body):
     use_activation: UseActivation = None
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
+    truncation_side: TruncationSide = None
     max_tokens_per_doc: int | None = Field(default=None, ge=0)
     timeout_ms: TimeoutMs = None
 

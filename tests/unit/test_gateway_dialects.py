@@ -112,6 +112,16 @@ def test_vllms_instruction_in_chat_template_kwargs_wins(path):
     assert refused.json()["error"]["param"] == "chat_template_kwargs.instruction"
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+def test_documents_cannot_be_cut_on_vllms_left_side(path):
+    body = {**RERANK, "queries": "q"}
+    for side in ("right", None):
+        assert Gateway().post(path, {**body, "truncation_side": side}).status_code == 200
+    refused = Gateway().post(path, {**body, "truncation_side": "left"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncation_side")
+    assert "'right'" in refused.json()["message"]
+
+
 def test_an_answer_without_meta_says_in_a_header_what_it_went_without():
     def scores(variant, request):
         raise StageFailure("timeout", "small did not answer")
