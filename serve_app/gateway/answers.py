@@ -66,11 +66,13 @@ def rerank_answer(
     }
 
 
-def tei_answer(ranking: Ranking, texts: Sequence[str] | None, raw_scores: bool) -> list[dict[str, Any]]:
+def tei_answer(
+    ranking: Ranking, top_n: int | None, texts: Sequence[str] | None, raw_scores: bool
+) -> list[dict[str, Any]]:
     """TEI's rerank answer, the best first; `texts` puts each result's text in."""
     results: list[dict[str, Any]] = []
     scores = _logits(ranking.scores) if raw_scores else ranking.scores
-    for position in ranking.order:
+    for position in ranking.order[:top_n]:
         result: dict[str, Any] = {"index": position, "score": scores[position]}
         if texts is not None:
             result["text"] = texts[position]

@@ -119,7 +119,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         if cut and not body.truncate:
             message = f"{cut} of texts are longer than the model reads; truncate: true cuts them"
             raise ApiError("prompt_too_long", message, param="texts")
-        return tei_answer(ranking, body.texts if body.return_text else None, body.raw_scores)
+        return tei_answer(ranking, body.top_n, body.texts if body.return_text else None, body.raw_scores)
 
     @app.post("/v1/rerank", **_takes(wire.RerankBody, wire.RerankAnswer, "Rerank documents (Cohere v1, Jina)"))
     async def rerank_v1(request: Request) -> Response:

@@ -144,6 +144,7 @@ class TeiBody(Body):
     model: ModelName = None
     query: str
     texts: list[str]
+    top_n: TopN = None
     raw_scores: bool = Field(default=False, description="Logits instead of scores in [0, 1].")
     return_text: bool = False
     truncate: Annotated[bool | None, AfterValidator(lambda truncate: truncate is not False)] = Field(

@@ -25,6 +25,11 @@ def test_return_text_puts_the_texts_in():
     assert [rank["text"] for rank in answer] == [TEXTS[1], TEXTS[2], TEXTS[0]]
 
 
+def test_top_n_cuts_the_list():
+    assert [rank["index"] for rank in tei(Gateway(), top_n=2).json()] == [1, 2]
+    assert len(tei(Gateway(), top_n=0).json()) == len(tei(Gateway(), top_n=None).json()) == 3
+
+
 def test_raw_scores_are_logits_within_what_float64_can_say():
     answer = tei(Gateway(), raw_scores=True).json()
     assert [rank["score"] for rank in answer] == pytest.approx([math.log(9), 0, math.log(3 / 7)])
