@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -79,7 +80,9 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
         return endpoint
 
     async def start(request: Request, body: RolloutBody) -> Reply:
-        return await service.rollouts.ask("start", body.root, _operator(request))
+        # Chosen here, as a command's below: where a replica dies, its calls go to another one.
+        start_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+        return await service.rollouts.ask("start", body.root, start_id, _operator(request))
 
     async def recent(request: Request, _: None) -> Reply:
         return await service.rollouts.ask("recent", request.query_params.get("route"))

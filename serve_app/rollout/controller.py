@@ -319,8 +319,9 @@ class Controller:
 
     # ---- what operators ask
 
-    async def start(self, body: Any, by: str) -> Reply:
-        """Stores a rollout; the lease holder takes it up. The body is a rollout document."""
+    async def start(self, body: Any, start_id: str, by: str) -> Reply:
+        """Stores a rollout; the lease holder takes it up. The body is a rollout document. Sent again with the same
+        `start_id`, which ends the rollout's id, it is the same rollout."""
         try:
             document = RolloutDocument.model_validate(body)
         except ValidationError as error:
@@ -335,7 +336,7 @@ class Controller:
         deployed = self._in_force()
         state = {**State(since=time.time()).to_json(), "variants": list(deployed.pipelines[document.canary])}
         rollout = Rollout(
-            id=f"{document.route}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}",
+            id=f"{document.route}-{start_id}",
             route=document.route,
             spec=document.model_dump(mode="json", exclude_none=True),
             state=state,
@@ -368,19 +369,20 @@ class Controller:
         return ""
 
     async def act(self, rollout_id: str, action: Action, command_id: str, by: str) -> Reply:
-        """Queues the command and waits until the lease holder has settled it."""
+        """Queues the command and waits until the lease holder has settled it. Sent again with the same
+        `command_id`, it is the same command."""
         order = Command(rollout_id, command_id, action, {"by": by} if by else {})
 
-        def settled() -> Command | None:
-            found = [c for c in self.store.commands(rollout_id) if c.id == command_id]
-            return found[0] if found and found[0].status != "waiting" else None
+        def stored() -> Command | None:
+            return next((c for c in self.store.commands(rollout_id) if c.id == command_id), None)
 
         def queue() -> dict[str, Any]:
-            # Refused at once where the state says so already; the lease holder has the last word.
             rollout = self.store.get(rollout_id)
-            command(*_parts(rollout), action, time.time())
-            self._check_undo(rollout, action)
-            self.store.add_command(order)
+            if stored() is None:
+                # Refused at once where the state says so already; the lease holder has the last word.
+                command(*_parts(rollout), action, time.time())
+                self._check_undo(rollout, action)
+                self.store.add_command(order)
             return {}
 
         queued = await self._replied(queue)
@@ -389,12 +391,12 @@ class Controller:
         give_up_at = time.monotonic() + _COMMAND_LIMIT_S
         while time.monotonic() < give_up_at:
             try:
-                done = await asyncio.to_thread(settled)
+                done = await asyncio.to_thread(stored)
             except StoreError as error:
                 return Reply(error="unavailable", message=str(error))
             if done is not None and done.status == "refused":
                 return Reply(error="conflict", message=done.reason)
-            if done is not None:
+            if done is not None and done.status == "applied":
                 return await self.show(rollout_id)
             await asyncio.sleep(0.1)
         return Reply(

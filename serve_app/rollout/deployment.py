@@ -56,8 +56,8 @@ class Rollout:
     async def exchange(self, news: News) -> Splits:
         return await self._controller.exchange(news)
 
-    async def start(self, body: Any, by: str) -> Reply:
-        return await self._controller.start(body, by)
+    async def start(self, body: Any, start_id: str, by: str) -> Reply:
+        return await self._controller.start(body, start_id, by)
 
     async def act(self, rollout_id: str, action: Action, command_id: str, by: str) -> Reply:
         return await self._controller.act(rollout_id, action, command_id, by)
@@ -108,7 +108,7 @@ def _events_log(path: str) -> logging.handlers.RotatingFileHandler:
 
 
 def _write(log: logging.Handler, lines: Sequence[str]) -> None:
-    """On any thread: `handle` takes the log's lock, which `emit` leaves to it, so that nobody writes to a file that
-    another thread closes."""
+    """On any thread: `handle` takes the log's lock, unlike `emit`, so that no line goes to a file that another
+    thread closes."""
     for line in lines:
         log.handle(logging.LogRecord("events", logging.INFO, "", 0, line, None, None))

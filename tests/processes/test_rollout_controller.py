@@ -7,6 +7,7 @@ import random
 import signal
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,9 @@ async def start(users: Users, route: str, **document: Any) -> str:
     await until(lambda: users.answers > heard + 1, "a controller that has heard what the gateway serves")
     document = {"stable": "stable", "canary": "canary", "guards": {"error_rate": {}}, **document}
     assert users.controller is not None
-    reply = await users.controller.ask("start", {"route": route, **document}, "ann", timeout_s=10)
+    reply = await users.controller.ask(
+        "start", {"route": route, **document}, uuid.uuid4().hex, "ann", timeout_s=10
+    )
     assert reply.error is None, reply
     return str(reply.body["id"])
 
@@ -310,7 +313,7 @@ async def _started_by_another(store: Store, users: Users, route: str) -> str:
     another = Controller(store, not_ready=AsyncMock())
     await another.exchange(News("another", deployed(users.settings)))
     document = {"route": route, "stable": "stable", "canary": "canary", **DOCUMENTS[route]}
-    reply = await another.start(document, "ann")
+    reply = await another.start(document, uuid.uuid4().hex, "ann")
     assert reply.error is None, reply
     return str(reply.body["id"])
 

@@ -5,16 +5,19 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from ray.exceptions import RayActorError
 
 from serve_app.access import ADMIN_KEY
 from serve_app.config import GatewaySettings
+from serve_app.gateway import fleet
 from serve_app.gateway import rollouts as module
 from serve_app.gateway.app import create_app
 from serve_app.gateway.deadline import Deadline
@@ -22,9 +25,11 @@ from serve_app.gateway.pipeline import StageFailure
 from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.service import Service
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
+from serve_app.rollout.controller import Controller
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.messages import News, Reply, Splits
 from serve_app.rollout.split import Place, Split
+from serve_app.rollout.store import open_store
 from serve_app.status import AppStatus
 from tests.processes.rollout_process import until
 from tests.unit.gateway_double import DOCUMENTS, FleetDouble
@@ -476,6 +481,68 @@ def test_events_do_not_wait_for_a_rollout_application_that_is_not_there() -> Non
             assert (await send(gateway)).status_code == 200
             ((_, waits_s),) = gateway.fleet.questions
             assert waits_s <= 3
+
+    asyncio.run(scenario())
+
+
+class Dying(fleet.Fleet):
+    """A fleet whose rollout application is `controller`: it does what operators ask, and dies before it answers
+    them. What is sent again, it answers."""
+
+    def __init__(self, controller: Controller) -> None:
+        super().__init__()
+        self.controller = controller
+        self.lost: list[str] = []
+
+    def _method(self, app: str, deployment: str, method: str) -> Any:
+        async def answer(*arguments: Any) -> Any:
+            reply = await getattr(self.controller, method)(*arguments)
+            if method != "exchange" and method not in self.lost:
+                self.lost.append(method)
+                raise RayActorError
+            return reply
+
+        return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(answer(*arguments)))
+
+
+def test_what_a_dying_controller_has_done_is_not_refused_when_it_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(ADMIN_KEY, "secret")
+    monkeypatch.setattr("serve_app.rollout.controller.TICK_S", 0.01)
+    document = {
+        "route": "default",
+        "stable": "stable",
+        "canary": "canary",
+        "steps": [{"set_weight": 25}, {"analysis": {}}],
+    }
+
+    async def all_ready(variants: Sequence[str]) -> list[str]:
+        return []
+
+    async def scenario() -> None:
+        store = open_store(f"sqlite://{tmp_path}/rollouts.db")
+        controller = Controller(store, all_ready)
+        service = Service(Dying(controller))
+        service.configure(SETTINGS)
+        running = asyncio.create_task(controller.run())
+        service.rollouts.configure(service.settings)
+        await until(lambda: controller._deployed, "what the gateway serves")
+        transport = httpx.ASGITransport(app=create_app(service))
+        headers = {"Authorization": "Bearer secret"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
+            started = await client.post("/v1/rollouts", json=document)
+            assert started.status_code == 200, started.text
+            (rollout,) = store.recent()
+            assert started.json()["id"] == rollout.id
+            await until(lambda: store.get(rollout.id).state["step"] == 1, "the analysis")
+            paused = await client.post(f"/v1/rollouts/{rollout.id}/pause")
+            assert (paused.status_code, paused.json().get("status")) == (200, "paused"), paused.text
+        assert service.fleet.lost == ["start", "act"]
+        assert [command.action for command in store.commands(rollout.id)] == ["pause"]
+        running.cancel()
+        await stop(service.rollouts)
+        store.close()
 
     asyncio.run(scenario())
 

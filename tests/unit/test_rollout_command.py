@@ -51,7 +51,7 @@ def test_watching_as_json_prints_an_object_per_change(
     with asyncio.Runner() as runner:
         controller = Controller(store, all_ready)
         runner.run(controller.exchange(News("g", deployed(settings(["a"])))))
-        rollout = runner.run(controller.start(DOCUMENT, "ann")).body["id"]
+        rollout = runner.run(controller.start(DOCUMENT, "1", "ann")).body["id"]
 
         def gateway(request: httpx.Request) -> httpx.Response:
             """Away for once; the rollout moves at every other question."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ async def heard(store: Store, not_ready: NotReady = all_ready, **more: Any) -> C
 
 
 async def start(controller: Controller, route: str = "a", **document: Any) -> str:
-    reply = await controller.start({"route": route, "stable": "stable", "canary": "canary", **document}, "ann")
+    document = {"route": route, "stable": "stable", "canary": "canary", **document}
+    reply = await controller.start(document, uuid.uuid4().hex, "ann")
     assert reply.error is None, reply
     return str(reply.body["id"])
 
@@ -524,7 +526,7 @@ def test_what_gets_calls_is_known_at_once_after_a_promotion(store: Store) -> Non
         await other.close()
         await ticks_until(controller, lambda: status(store, first) == "promoted")
         # Which this one hasn't looked for since.
-        reply = await other.start({"route": "a", "stable": "stable", "canary": "cold"}, "ann")
+        reply = await other.start({"route": "a", "stable": "stable", "canary": "cold"}, "1", "ann")
         assert reply.error == "conflict"
         assert "those go to canary" in reply.message
         await start(other, stable="canary", canary="cold")
