@@ -1,6 +1,7 @@
 """The Serve deployment of the rollout controller: a thin shell."""
 
 import asyncio
+import contextlib
 import logging
 import logging.handlers
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from serve_app.rollout.controller import Controller
 from serve_app.rollout.machine import Action
 from serve_app.rollout.messages import News, Reply, Splits
 from serve_app.rollout.metrics import report_rollouts
-from serve_app.rollout.store import Event, open_store
+from serve_app.rollout.store import Event, StoreError, open_store
 from serve_app.status import applications
 
 logger = logging.getLogger("ray.serve")
@@ -80,6 +81,15 @@ class Rollout:
     async def check_health(self) -> None:
         if self._running.done():
             raise RuntimeError("the controller's loop has ended")
+
+    async def __del__(self) -> None:
+        # Serve waits for this when the replica stops, also after a failed start: the next one acts at once.
+        running = getattr(self, "_running", None)
+        if running is not None:
+            running.cancel()
+            await asyncio.wait({running})
+            with contextlib.suppress(StoreError):
+                await self._controller.close()
 
     async def _not_ready(self, variants: Sequence[str]) -> list[str]:
         waiting = await asyncio.to_thread(_without_replica, variants)

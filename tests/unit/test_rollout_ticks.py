@@ -1,17 +1,21 @@
 """A controller's looks, one by one in process: what is slow, stuck, old or much holds nothing up."""
 
 import asyncio
+import gc
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from serve_app.config import RolloutArgs
 from serve_app.gateway.rollouts import deployed
 from serve_app.rollout import controller as module
+from serve_app.rollout import deployment
 from serve_app.rollout.controller import Controller
 from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Figures
@@ -30,6 +34,7 @@ from serve_app.rollout.store import (
 )
 from serve_app.rollout.window import Window, clicks
 from tests.processes.rollout_gateway import settings
+from tests.processes.rollout_process import until
 
 ROUTES = ("a", "b", "c")
 GUARDS = {"error_rate": {}}
@@ -234,6 +239,28 @@ def test_a_stuck_rollout_is_logged_once(store: Store, caplog: pytest.LogCaptureF
         "command c1 of bad stands still",
         "rollout bad stands still",
     ]
+
+
+# Python calls it once more, and awaits nothing.
+@pytest.mark.filterwarnings("ignore:coroutine 'Rollout.__del__' was never awaited")
+def test_a_replica_that_stops_leaves_the_lease_to_the_next(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TICK_S", 0.001)
+    monkeypatch.setattr(deployment.serve, "get_replica_context", lambda: SimpleNamespace(replica_tag="r"))
+
+    async def scenario() -> None:
+        replica = deployment.Rollout.func_or_class.__new__(deployment.Rollout.func_or_class)
+        await replica.__init__(RolloutArgs(store=store.url))
+        await until(lambda: replica._controller._lease, "the lease")
+        assert store.acquire("next", 60) is None
+        await replica.__del__()
+        assert store.acquire("next", 60) is not None
+
+    asyncio.run(scenario())
+    gc.collect()
+
+
+def test_a_replica_that_never_started_stops(store: Store) -> None:
+    asyncio.run(deployment.Rollout.func_or_class.__del__(SimpleNamespace()))
 
 
 # ---- windows
