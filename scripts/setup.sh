@@ -25,6 +25,13 @@ done
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python cannot make virtual environments; install the module (Debian: apt-get install python3-venv)"
 
+if [ "$device" = gpu ]; then
+  # Triton compiles its driver when it first meets a GPU, after gigabytes have been installed.
+  headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  { command -v "${CC:-gcc}" || command -v clang; } >/dev/null && [ -e "$headers/Python.h" ] ||
+    fail "the GPU build needs a C compiler and $headers/Python.h; install them (Debian: apt-get install gcc python3-dev)"
+fi
+
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
 
 extras=$device,ui

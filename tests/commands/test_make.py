@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_a_call_without_a_gateway_says_so(port):
     assert answer.stderr.count("\n") == 1
 
 
-def setup(tmp_path, **environment):
+def setup(tmp_path, device="cpu", **environment):
     """scripts/setup.sh of a copy of the project's packaging files, making an environment of its own."""
     project = tmp_path / "project"
     for name in ("scripts", "constraints"):
@@ -202,7 +203,7 @@ def setup(tmp_path, **environment):
         shutil.copy(ROOT / name, project / name)
     (project / "serve_app").mkdir()
     return subprocess.run(
-        ["bash", "scripts/setup.sh", ".venv", "cpu", "run"],
+        ["bash", "scripts/setup.sh", ".venv", device, "run"],
         cwd=project,
         env={**os.environ, **environment},
         capture_output=True,
@@ -211,14 +212,25 @@ def setup(tmp_path, **environment):
     )
 
 
-def test_a_missing_interpreter_is_one_clear_line(tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
+def tools(tmp_path):
+    """For PATH: what the script needs but Python and compilers."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
     for tool in ("bash", "cat", "cut", "dirname", "grep", "sha256sum"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    answer = setup(tmp_path, PATH=str(tools))
+        (folder / tool).symlink_to(shutil.which(tool))
+    return str(folder)
+
+
+def test_a_missing_interpreter_is_one_clear_line(tmp_path):
+    answer = setup(tmp_path, PATH=tools(tmp_path))
     assert answer.returncode == 1
     assert re.fullmatch(r"setup: needs Python 3\.11 to 3\.13 and found none; .*\n", answer.stderr), answer
+
+
+def test_a_missing_compiler_is_said_before_the_gpu_build_is_installed(tmp_path):
+    answer = setup(tmp_path, "gpu", CC="/nowhere/cc", PATH=tools(tmp_path), PYTHON=sys.executable)
+    assert answer.returncode == 1
+    assert re.fullmatch(r"setup: the GPU build needs a C compiler and .*Python\.h; .*\n", answer.stderr), answer
 
 
 def test_a_missing_network_is_one_clear_line(tmp_path):
