@@ -19,7 +19,7 @@ from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.fingerprints import Fingerprints
 from serve_app.gateway.pipeline import StageFailure
 from serve_app.recall.messages import RecallRequest, RecallResult
-from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
+from serve_app.reranker.messages import EngineFullError, PromptTooLongError, ScoreRequest, ScoreResult
 from serve_app.status import AppStatus, applications
 
 logger = logging.getLogger("ray.serve")
@@ -275,7 +275,7 @@ def _stage_failure(app: str, error: Exception, timeout_s: float) -> StageFailure
     cause = _cause(error)
     if isinstance(cause, TimeoutError):
         return StageFailure("timeout", f"{app} did not answer within {timeout_s * 1e3:.0f} ms")
-    if isinstance(cause, BackPressureError):
+    if isinstance(cause, BackPressureError | EngineFullError):
         return StageFailure("overloaded", f"{app} has too many calls waiting", retry_after_s=1)
     if isinstance(cause, RayActorError):
         return StageFailure("unavailable", f"{app} lost its replicas", retry_after_s=5)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from serve_app.reranker.engine import Pooled, Task, line
-from serve_app.reranker.messages import EngineError
+from serve_app.reranker.messages import EngineError, EngineFullError
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.watchdog import Watchdog
 
-# Serve hands over 16 calls at once; this is for callers that know no limit.
+# Of the calls that Serve hands over at once, those with the largest pairs_per_call would fill gigabytes.
 MOST_PROMPTS = 65_536
 
 
@@ -63,7 +63,7 @@ class CoreEngine(ABC):
         if not prompts:
             return Pooled(np.zeros((0, 1), np.float32), 0)
         if len(self._waiting) + len(prompts) > MOST_PROMPTS:
-            raise EngineError(f"engine is full: {len(self._waiting)} prompts wait, {MOST_PROMPTS} may")
+            raise EngineFullError(f"engine is full: {len(self._waiting)} prompts wait, {MOST_PROMPTS} may")
         requests = self._requests(prompts, priority)
         done = asyncio.get_running_loop().create_future()
         call = _Call(prompts, scored, done, [None] * len(prompts), len(prompts))

@@ -50,3 +50,7 @@ class PromptTooLongError(ValueError):
 
 class EngineError(RuntimeError):
     """The engine failed, died or never started. Holds only text, so that callers without vLLM can read it."""
+
+
+class EngineFullError(EngineError):
+    """As many prompts wait for the engine as may; the same call may go through later."""

@@ -23,7 +23,7 @@ from serve_app.reranker.core_engine import CoreEngine, foreign_core
 from serve_app.reranker.engine import Engine, fits_in_process, prepare_environment, start
 from serve_app.reranker.engine_args import engine_settings
 from serve_app.reranker.inprocess_engine import InProcessEngine
-from serve_app.reranker.messages import EngineError
+from serve_app.reranker.messages import EngineError, EngineFullError
 from serve_app.reranker.model import resolve
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.public_engine import PublicEngine
@@ -284,7 +284,7 @@ def test_an_engine_with_too_much_to_do_says_so(running: Running, monkeypatch: py
     async def too_many() -> None:
         first = asyncio.create_task(running.engine.pool(prompts(90)))
         await asyncio.sleep(0)
-        with pytest.raises(EngineError, match="90 prompts wait, 100 may"):
+        with pytest.raises(EngineFullError, match="90 prompts wait, 100 may"):
             await running.engine.pool(prompts(11))
         await first
 

@@ -18,7 +18,7 @@ from serve_app.gateway.fleet import Fleet
 from serve_app.gateway.fusion import best_first, fuse
 from serve_app.gateway.pipeline import StageFailure, run
 from serve_app.gateway.scripts import foreign_letter
-from serve_app.reranker.messages import EngineError, ScoreRequest, ScoreResult
+from serve_app.reranker.messages import EngineError, EngineFullError, ScoreRequest, ScoreResult
 from serve_app.rollout.split import choose
 
 scores = st.floats(-50, 50, allow_nan=False)
@@ -287,6 +287,21 @@ def test_stale_calls_do_not_end_a_probe():
     breaker.settle(stale, True)
     clock.now += 1.01
     assert breaker.enter() is None
+
+
+def test_a_full_engine_is_overloaded_and_no_failure_of_the_variant():
+    class Full(Fleet):
+        async def _call(self, *question):
+            raise EngineFullError("engine is full: 65536 prompts wait, 65536 may")
+
+    async def scenario():
+        fleet = Full()
+        for _ in range(10):
+            with pytest.raises(StageFailure) as caught:
+                await fleet.score("small", ScoreRequest(query="q", documents=["d"]), 32, timeout_s=5)
+            assert caught.value.reason == "overloaded"
+
+    asyncio.run(scenario())
 
 
 def test_asking_for_too_much_does_not_open_the_breaker():
