@@ -83,8 +83,8 @@ class _State:
 class DrainTime:
     """For `autoscaling_config.policy.policy_function`, with these arguments as `policy_kwargs`.
 
-    `target_drain_s`: seconds in which the backlog is to be worked off; a good value is the latency that searches
-    may take. `max_utilization`: of a replica's rate, what steady traffic may use. `expected_tokens_per_s`: of one
+    `target_drain_s`: seconds in which the backlog is to be worked off; docs/autoscaling.md says how to choose
+    it. `max_utilization`: of a replica's rate, what steady traffic may use. `expected_tokens_per_s`: of one
     busy replica, until it has been measured; None: measured before anything grows. Raises ValueError naming the
     argument, its value and what is allowed.
     """

@@ -57,7 +57,7 @@ class Front:
     max_queued_requests=4096,
     health_check_period_s=2,
     health_check_timeout_s=15,
-    # Longer than the longest deadline a gateway allows.
+    # Longer than the longest deadline a gateway allows by default (limits.max_timeout_ms).
     graceful_shutdown_timeout_s=65,
     graceful_shutdown_wait_loop_s=1,
     max_constructor_retry_count=3,

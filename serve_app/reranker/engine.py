@@ -1,4 +1,5 @@
-"""vLLM behind a narrow interface: prompts in, vectors out. Which of two ways drives it follows from the device."""
+"""vLLM behind a narrow interface: prompts in, vectors out. The driver follows from the device, the
+settings and vLLM's version."""
 
 import contextlib
 import os
