@@ -80,7 +80,7 @@ simulate: setup-dev
 	$(BIN)/serve-app simulate --trace all --json .run/simulate/comparison.json --png .run/simulate/comparison.png
 
 bench: setup-dev
-	$(BIN)/pip install -q -c constraints/cpu.txt -e ".[bench]"
+	$(BIN)/pip install -q -c constraints/$(DEVICE).txt -e ".[bench]"
 	$(BIN)/python -m bench
 
 # Asked first, because the GPU build takes minutes to install.
