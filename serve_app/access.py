@@ -1,4 +1,4 @@
-"""Names of the environment variables that hold keys and passwords, and what is made of them."""
+"""Names of the environment variables that hold keys and passwords, what is made of them, and who reaches Serve."""
 
 import ipaddress
 import os
@@ -45,6 +45,13 @@ def refuse_strangers(host: str | None) -> None:
             f"{API_KEYS_FILE} or {API_KEYS} in its environment (serve-app key NAME makes a key), or say "
             "args: {without_keys: true} in the gateway's application"
         )
+
+
+def local_url(host: str | None, port: int) -> str:
+    """Where this machine reaches Serve on `host` (None: all interfaces)."""
+    if not host or host in ("0.0.0.0", "::", "localhost"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _is_loopback(host: str | None) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, refuse_strangers, secret
+from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, local_url, refuse_strangers, secret
 from serve_app.configfile import ConfigFile
 
 # Engines of the largest models read their weights from a network disk.
@@ -226,8 +226,7 @@ def _print_ready(config: ConfigFile, host: str, port: int) -> None:
         return _say("ready; no application of the config is a gateway, so there is no HTTP API")
     name, settings = next(iter(config.gateways.items()))
     prefix = next(a.get("route_prefix") for a in config.applications if a["name"] == name) or "/"
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    url = f"http://{shown}:{port}{prefix.rstrip('/')}"
+    url = local_url(host, port) + prefix.rstrip("/")
     if settings.recall:
         path, body = "/v1/search", '{"query": "wireless headphones that block out noise", "top_n": 3}'
     else:

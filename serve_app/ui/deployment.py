@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from starlette.types import ASGIApp
 
+from serve_app.access import local_url
 from serve_app.config import UiArgs
 from serve_app.ui.actions import Actions
 from serve_app.ui.client import Gateway
@@ -73,5 +74,4 @@ def asgi(gateway_url: str) -> ASGIApp:
 def _proxy_url() -> str:
     """Serve's own, on this machine."""
     http = _get_global_client().http_config
-    host = "127.0.0.1" if http.host in (None, "", "0.0.0.0", "::", "localhost") else http.host
-    return f"http://[{host}]:{http.port}" if ":" in host else f"http://{host}:{http.port}"
+    return local_url(http.host, http.port)

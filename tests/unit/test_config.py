@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from serve_app.autoscaling.scenario import read
 from serve_app.config import GatewaySettings, RerankerArgs, explain
 from serve_app.configfile import ConfigError, load
-from serve_app.launch import ENVIRONMENT, FAST, least_resources
+from serve_app.launch import ENVIRONMENT, FAST, _print_ready, least_resources
 from serve_app.plan import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,6 +30,18 @@ def test_clusters_get_the_environment_that_serve_app_up_sets():
         **ENVIRONMENT,
         **FAST,
     }
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7")],
+)
+def test_what_up_says_it_is_ready_on_is_a_url(host, shown, capsys):
+    _print_ready(load(CONFIGS / "local.yaml"), host, 8000)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"serve-app: ready on http://{shown}:8000 — try: curl -s http://{shown}:8000/v1/search "
+    )
 
 
 @pytest.fixture
