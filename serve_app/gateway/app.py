@@ -105,7 +105,11 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         call, ranking = await service.rerank(call, query, documents)
         request.state.ran = call, ranking.reports
         wanted = shown_by_default if body.return_documents is None else body.return_documents
-        shown = [_shown(document) for document in body.documents] if wanted else None
+        shown = (
+            [_shown(*pair, body.rank_fields) for pair in zip(body.documents, documents, strict=True)]
+            if wanted
+            else None
+        )
         return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False)
 
     async def rerank_texts(request: Request, body: wire.TeiBody) -> Any:
@@ -146,7 +150,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
             call = _call(service, request, body)
             call, ranking = await service.rerank(call, body.query, body.documents)
             request.state.ran = call, ranking.reports
-            shown = [_shown(document) for document in body.documents] if body.return_documents else None
+            shown = [{"text": text} for text in body.documents] if body.return_documents else None
             return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False)
 
         return await _answer(service, observe, request, wire.CohereV2Body, answer)
@@ -375,7 +379,8 @@ def _error(error: ApiError, request_id: str, headers: dict[str, str] | None = No
 
 
 def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str) -> str:
-    """The text to score of a document that is an object: its `text`, or its `rank_fields` line by line."""
+    """The text to score of a document that is an object: its `text`, its `rank_fields` line by line, or what
+    vLLM's parts in its `content` say."""
     if rank_fields:
         fields = {"text": document.text, **(document.model_extra or {})}
         present = [(name, fields[name]) for name in dict.fromkeys(rank_fields) if fields.get(name) is not None]
@@ -384,12 +389,22 @@ def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str
             for name, value in present
         )
     if document.text is None:
+        content = (document.model_extra or {}).get("content")
+        if isinstance(content, list):
+            try:
+                return wire.joined(content)
+            except ValueError as error:
+                raise ApiError("invalid_request", f"{param} {error}", param=f"{param}.content") from None
         raise ApiError("invalid_request", f"{param} is an object without text", param=f"{param}.text")
     return document.text
 
 
-def _shown(document: str | wire.TextDocument) -> dict[str, Any]:
-    return {"text": document} if isinstance(document, str) else document.model_dump(exclude_unset=True)
+def _shown(document: str | wire.TextDocument, text: str, rank_fields: list[str] | None) -> dict[str, Any]:
+    """The document as it was sent; clients that send content parts look for a `text`, too."""
+    if isinstance(document, str):
+        return {"text": document}
+    sent = document.model_dump(exclude_unset=True)
+    return sent if rank_fields else {**sent, "text": text}
 
 
 # ---- OpenAPI

@@ -15,6 +15,9 @@ from pydantic import (
     Field,
     RootModel,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -63,15 +66,53 @@ ChatTemplateKwargs = Annotated[
 
 
 class TextDocument(Body):
-    """A document as an object. `rank_fields` of the call may name other fields than `text`."""
+    """A document as an object. `rank_fields` of the call may name other fields than `text`, and without both
+    `content` may hold vLLM's parts, all of them text."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     text: str | None = None
 
 
+class PartsDocument(Body):
+    """vLLM's content parts, `{"type": "text", "text": …}`; other types are refused."""
+
+    content: list[dict[str, Any]]
+
+
+def joined(parts: list[Any]) -> str:
+    """The text of vLLM's content parts, which it joins like this. Raises ValueError for parts of other types."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(
+                f"has a part of type {str(kind)[:40]!r}; allowed: text, with its text (images are not read here)"
+            )
+    return "\n".join(part["text"] for part in parts)
+
+
 def _as_list(documents: Any) -> Any:
-    """vLLM takes a text for a list of one."""
-    return [documents] if isinstance(documents, str) else documents
+    """vLLM takes a document for a list of one."""
+    return [documents] if isinstance(documents, str | dict) else documents
+
+
+def _as_texts(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Texts, also those in vLLM's content parts, which are looked for only where the value isn't plain texts."""
+    try:
+        return validate(value)
+    except ValidationError:
+        return validate([_as_text(v) for v in value] if isinstance(value, list) else _as_text(value))
+
+
+def _as_text(value: Any) -> Any:
+    content = value.get("content") if isinstance(value, dict) else None
+    return joined(content) if isinstance(content, list) else value
+
+
+Text = Annotated[str, WrapValidator(_as_texts, json_schema_input_type=str | PartsDocument)]
+Texts = Annotated[
+    str | list[str] | None,
+    WrapValidator(_as_texts, json_schema_input_type=str | PartsDocument | list[str | PartsDocument] | None),
+]
 
 
 class SearchBody(Body):
@@ -99,7 +140,7 @@ class RerankBody(Body):
     query: str | TextDocument
     documents: Annotated[
         list[str | TextDocument],
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str | TextDocument]),
+        BeforeValidator(_as_list, json_schema_input_type=str | TextDocument | list[str | TextDocument]),
     ]
     top_n: TopN = None
     use_activation: UseActivation = None
@@ -121,8 +162,12 @@ class CohereV2Body(Body):
     """`POST /v2/rerank`: Cohere v2's and vLLM's body; documents are strings."""
 
     model: ModelName = None
-    query: str
-    documents: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+    query: Text
+    documents: Annotated[
+        list[str],
+        BeforeValidator(_as_list),
+        WrapValidator(_as_texts, json_schema_input_type=str | PartsDocument | list[str | PartsDocument]),
+    ]
     top_n: TopN = None
     use_activation: UseActivation = None
     return_documents: bool | None = Field(
@@ -174,13 +219,13 @@ class ScoreBody(Body):
     of vLLM's names: `text_1`/`text_2`, `queries`/`documents`, `queries`/`items`, `data_1`/`data_2`."""
 
     model: ModelName = None
-    text_1: str | list[str] | None = None
-    text_2: str | list[str] | None = None
-    queries: str | list[str] | None = None
-    documents: str | list[str] | None = None
-    items: str | list[str] | None = None
-    data_1: str | list[str] | None = None
-    data_2: str | list[str] | None = None
+    text_1: Texts = None
+    text_2: Texts = None
+    queries: Texts = None
+    documents: Texts = None
+    items: Texts = None
+    data_1: Texts = None
+    data_2: Texts = None
     use_activation: UseActivation = None
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None

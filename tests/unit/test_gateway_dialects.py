@@ -122,6 +122,49 @@ def test_documents_cannot_be_cut_on_vllms_left_side(path):
     assert "'right'" in refused.json()["message"]
 
 
+PARTS = {"content": [{"type": "text", "text": "document number 3"}, {"type": "text", "text": "and more"}]}
+IMAGE = {"content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+@pytest.mark.parametrize("documents", [PARTS, [PARTS], ["document number 1", PARTS]])
+def test_the_text_in_vllms_content_parts_is_read(path, documents):
+    fleet = FleetDouble()
+    query = {"content": [{"type": "text", "text": "q"}]}
+    body = {"model": "small", "query": query, "queries": query, "documents": documents}
+    answer = Gateway(fleet).post(path, {**body, "return_documents": True}).json()
+    request = fleet.asked[0][1]
+    assert (request.query, request.documents[-1]) == ("q", "document number 3\nand more")
+    for best in answer.get("results", [])[:1]:
+        assert best["document"]["text"] == request.documents[-1]
+
+
+def test_content_parts_come_back_with_their_text():
+    answer = Gateway().post("/rerank", {**RERANK, "documents": [PARTS, {**PARTS, "text": "document number 9"}]})
+    assert [result["document"] for result in answer.json()["results"]] == [
+        {**PARTS, "text": "document number 9"},
+        {**PARTS, "text": "document number 3\nand more"},
+    ]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score"])
+@pytest.mark.parametrize("parts", [IMAGE, {"content": [*PARTS["content"], {"type": "text"}]}, {"content": ["a"]}])
+def test_images_are_refused(path, parts):
+    refused = Gateway().post(path, {**RERANK, "queries": "q", "documents": ["a", parts]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("documents")
+    assert "images are not read here" in refused.json()["message"]
+
+
+@pytest.mark.parametrize("path", ["/v2/rerank", "/score"])
+def test_objects_that_hold_no_parts_are_refused_where_texts_are_wanted(path):
+    for wrong in ({"text": "a"}, {"content": "a"}, 1):
+        refused = Gateway().post(path, {**RERANK, "queries": "q", "documents": ["a", wrong]})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"].startswith("documents")
+        assert "valid string" in refused.json()["message"]
+
+
 def test_an_answer_without_meta_says_in_a_header_what_it_went_without():
     def scores(variant, request):
         raise StageFailure("timeout", "small did not answer")
