@@ -58,11 +58,6 @@ class Fleet:
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    async def close(self) -> None:
-        for task in (self._watching, *self._asking.values()):
-            if task is not None:
-                task.cancel()
-
     def running(self, app: str, deployment: str) -> int | None:
         """Replicas that run now; None when Serve does not know the deployment, or has not been heard yet."""
         status = (self.apps or {}).get(app)

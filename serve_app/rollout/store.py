@@ -6,7 +6,8 @@ which controller acts, and the figures and clicks that guards judge.
 - A write that returned is kept (Redis: as far as its append-only file goes, see there). A write that raised
   `StoreUnavailable` may have happened or not. Repeat it where the method says so; after `commit`, read first.
 - Each method is one atomic step, except those that take lists: they may be repeated as a whole instead.
-- Methods may be called from any thread. Each wait, for a lock or for the server, is at most a second.
+- Methods may be called from any thread. Each wait, for another process or for the server, is at most a second; for
+  other threads (SQLite) at most four.
 - Times are the store's own, in seconds since the epoch.
 """
 
@@ -178,7 +179,7 @@ class EventsAdded:
 @dataclass(frozen=True, slots=True)
 class EventCounts:
     """Of the searches in one minute (seconds since the epoch // 60), whenever their events came. All but `clicks`
-    count a search once, and a click implies the impression, so clicks_at_1 <= clicked <= impressions."""
+    count a search once, and a click implies the impression, so clicked <= impressions."""
 
     role: str
     minute: int
@@ -187,15 +188,6 @@ class EventCounts:
     clicked: int = 0
     # 11 numbers: searches by the position, 1 to 10, of their topmost click; under 0 those with none of these.
     by_rank: tuple[int, ...] = (0,) * 11
-
-    @property
-    def clicks_at_1(self) -> int:
-        return self.by_rank[1]
-
-    @property
-    def reciprocal_ranks(self) -> float:
-        """The sum over searches of 1/position of the topmost click."""
-        return sum(n / rank for rank, n in enumerate(self.by_rank) if rank)
 
 
 class Store(Protocol):

@@ -212,7 +212,7 @@ def test_events_of_answered_searches_count_once(fleet, start):
         == roles
     )
     assert sum(c.clicks for c in counts) == 2
-    assert sum(c.clicks_at_1 for c in counts) == 1
+    assert sum(c.by_rank[1] for c in counts) == 1
 
 
 def test_a_canary_that_is_clicked_less_is_rolled_back(fleet, start):
