@@ -12,10 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -27,6 +25,7 @@ from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.openapi import ERRORS, OF_CALLS, document, takes
 from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
 from serve_app.gateway.plan import Call, resolve, timeout_ms
@@ -41,23 +40,6 @@ B = TypeVar("B", bound=BaseModel)
 _BODY_TIMEOUT_S = 10
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODIES = (wire.SearchBody, wire.AnyRerankBody, wire.CohereV2Body, wire.ScoreBody, RolloutBody, EventsBody)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": wire.ErrorBody, "description": description}
-    for status, description in {
-        400: "The body is not valid, or over a limit",
-        401: "No key, or a wrong one",
-        403: "Not open here",
-        404: "No such model",
-        409: "The state does not allow it",
-        408: "The body came too slowly",
-        413: "The body is over limits.max_body_bytes",
-        415: "The body is compressed",
-        429: "Too many calls under way; see Retry-After",
-        500: "A fault in the gateway",
-        503: "Nothing that could answer is up; see Retry-After",
-        504: "Nothing could be answered within the deadline",
-    }.items()
-}
 
 
 class _Route(APIRoute):
@@ -83,7 +65,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     )
     app.router.route_class = _Route
 
-    @app.post("/v1/search", **_takes(wire.SearchBody, wire.SearchAnswer, "Search the catalogue"))
+    @app.post("/v1/search", **takes(wire.SearchBody, wire.SearchAnswer, "Search the catalogue", OF_CALLS))
     async def search(request: Request) -> Response:
         async def answer(body: wire.SearchBody) -> Any:
             call = _call(service, request, body)
@@ -125,7 +107,9 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
             raise ApiError("prompt_too_long", message, param="texts")
         return tei_answer(ranking, body.top_n, body.texts if body.return_text else None, body.raw_scores)
 
-    @app.post("/v1/rerank", **_takes(wire.RerankBody, wire.RerankAnswer, "Rerank documents (Cohere v1, Jina)"))
+    @app.post(
+        "/v1/rerank", **takes(wire.RerankBody, wire.RerankAnswer, "Rerank documents (Cohere v1, Jina)", OF_CALLS)
+    )
     async def rerank_v1(request: Request) -> Response:
         # Cohere v1 leaves the documents out unless asked, vLLM and Jina put them in.
         return await _answer(
@@ -134,7 +118,9 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
     @app.post(
         "/rerank",
-        **_takes(wire.AnyRerankBody, wire.AnyRerankAnswer, "Rerank documents (vLLM, Jina) or texts (TEI)"),
+        **takes(
+            wire.AnyRerankBody, wire.AnyRerankAnswer, "Rerank documents (vLLM, Jina) or texts (TEI)", OF_CALLS
+        ),
     )
     async def rerank(request: Request) -> Response:
         async def answer(body: wire.AnyRerankBody) -> Any:
@@ -144,7 +130,9 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
         return await _answer(service, observe, request, wire.AnyRerankBody, answer)
 
-    @app.post("/v2/rerank", **_takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)"))
+    @app.post(
+        "/v2/rerank", **takes(wire.CohereV2Body, wire.RerankAnswer, "Rerank documents (Cohere v2)", OF_CALLS)
+    )
     async def rerank_v2(request: Request) -> Response:
         async def answer(body: wire.CohereV2Body) -> Any:
             call = _call(service, request, body)
@@ -165,16 +153,16 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         return await _answer(service, observe, request, wire.ScoreBody, answer)
 
     for path in ("/v1/score", "/score"):
-        app.post(path, **_takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)"))(score)
+        app.post(path, **takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)", OF_CALLS))(score)
 
     @app.get("/v1/models/", include_in_schema=False)
-    @app.get("/v1/models", summary="Names that `model` may have", responses={503: _ERRORS[503]})
+    @app.get("/v1/models", summary="Names that `model` may have", responses={s: ERRORS[s] for s in (401, 503)})
     async def models(request: Request) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         return _json(service.models())
 
     # A route's name may have slashes, as they are or percent-encoded.
-    @app.get("/v1/models/{name:path}", summary="One of them", responses={s: _ERRORS[s] for s in (404, 503)})
+    @app.get("/v1/models/{name:path}", summary="One of them", responses={s: ERRORS[s] for s in (401, 404, 503)})
     async def model(request: Request, name: str) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         for entry in service.models()["data"]:
@@ -182,7 +170,11 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
                 return _json(entry)
         raise ApiError("model_not_found", f"there is no model {name[:80]!r}; see /v1/models")
 
-    @app.get("/info", summary="The default route, as TEI describes its model", responses={503: _ERRORS[503]})
+    @app.get(
+        "/info",
+        summary="The default route, as TEI describes its model",
+        responses={s: ERRORS[s] for s in (401, 503)},
+    )
     async def info(request: Request) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         return _json(service.info())
@@ -206,8 +198,8 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         return _json(body, 200 if ready else 503)
 
     read_and_answer = partial(_answer, service, observe)
-    add_control(app, service, read_and_answer, _takes)
-    add_fleet(app, read_and_answer, _takes)
+    add_control(app, service, read_and_answer)
+    add_fleet(app, read_and_answer)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -222,7 +214,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(ApiError, api_error)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, _BODIES)  # type: ignore[method-assign]
     return app
 
 
@@ -405,52 +397,6 @@ def _shown(document: str | wire.TextDocument, text: str, rank_fields: list[str] 
         return {"text": document}
     sent = document.model_dump(exclude_unset=True)
     return sent if rank_fields else {**sent, "text": text}
-
-
-# ---- OpenAPI
-
-
-def _takes(body: type[BaseModel] | None, answer: type[BaseModel], summary: str) -> dict[str, Any]:
-    """Route arguments that describe a body which the handler reads by itself, where there is one."""
-    if body is None:
-        return {"summary": summary, "responses": {200: {"model": answer}, **_ERRORS}}
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    return {
-        "summary": summary,
-        "responses": {200: {"model": answer}, **_ERRORS},
-        "openapi_extra": {
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "parameters": [
-                {
-                    "name": name,
-                    "in": "header",
-                    "required": False,
-                    "schema": schema,
-                    "description": description,
-                }
-                for name, schema, description in (
-                    ("X-Timeout-Ms", {"type": "integer", "minimum": 1, "maximum": 60_000}, "As timeout_ms."),
-                    (
-                        "X-Request-Id",
-                        {"type": "string", "pattern": r"^[A-Za-z0-9._:-]{1,128}$"},
-                        "Comes back in the answer and in the logs.",
-                    ),
-                    ("Cache-Control", {"type": "string"}, "no-cache: every score is computed."),
-                )
-            ],
-        },
-    }
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, definitions = models_json_schema(
-            [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
-        )
-        schema["components"]["schemas"].update(definitions["$defs"])
-        app.openapi_schema = schema
-    return app.openapi_schema
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

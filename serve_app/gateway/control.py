@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from serve_app.access import ADMIN_KEY, secret
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.openapi import REQUEST_ID, parameter, takes
 from serve_app.gateway.service import Service
 from serve_app.rollout.messages import Reply
 from serve_app.rollout.store import Event
@@ -21,6 +22,8 @@ _ACTIONS = ("pause", "resume", "promote", "abort", "undo")
 _MAX_EVENTS = 1000
 # Nobody looks at their answer; who sends them tries again.
 _EVENTS_TIMEOUT_S = 3.0
+_OPERATOR = parameter("header", "X-Operator", {"type": "string"}, "Who asks, for the history.")
+_ROUTE = parameter("query", "route", {"type": "string"}, "Of this route only.")
 
 
 class RolloutBody(RootModel[dict[str, Any]]):
@@ -66,8 +69,8 @@ class Anything(RootModel[dict[str, Any]]):
 Answer = Callable[..., Awaitable[Response]]
 
 
-def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[..., dict[str, Any]]) -> None:
-    """Adds the routes to `app`. `answer` reads a body and answers, `takes` describes both."""
+def add_control(app: FastAPI, service: Service, answer: Answer) -> None:
+    """Adds the routes to `app`. `answer` reads a body and answers."""
 
     def guarded(ask: Callable[[Request, Any], Awaitable[Reply]], body: type[BaseModel] | None = None) -> Any:
         async def endpoint(request: Request) -> Response:
@@ -103,11 +106,15 @@ def add_control(app: FastAPI, service: Service, answer: Answer, takes: Callable[
         )
 
     one = "/v1/rollouts/{rollout}"
-    app.post("/v1/rollouts", **takes(RolloutBody, Anything, "Start a rollout"))(guarded(start, RolloutBody))
-    app.get("/v1/rollouts", **takes(None, Anything, "Rollouts, the newest first"))(guarded(recent))
+    begin = takes(RolloutBody, Anything, "Start a rollout", (_OPERATOR, REQUEST_ID))
+    app.post("/v1/rollouts", **begin)(guarded(start, RolloutBody))
+    app.get("/v1/rollouts", **takes(None, Anything, "Rollouts, the newest first", (_ROUTE, REQUEST_ID)))(
+        guarded(recent)
+    )
     app.get(one, **takes(None, Anything, "A rollout with its figures"))(guarded(show))
     app.get(f"{one}/history", **takes(None, Anything, "All its transitions"))(guarded(history))
-    app.post(f"{one}/{{action}}", **takes(None, Anything, "pause, resume, promote, abort, undo"))(guarded(act))
+    command = takes(None, Anything, ", ".join(_ACTIONS), (_OPERATOR, REQUEST_ID))
+    app.post(f"{one}/{{action}}", **command)(guarded(act))
 
     @app.post("/v1/events", **takes(EventsBody, Anything, "Impressions and clicks"))
     async def events(request: Request) -> Response:

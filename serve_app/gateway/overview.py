@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.openapi import takes
 from serve_app.status import details, word
 
 logger = logging.getLogger("ray.serve")
@@ -148,10 +149,9 @@ class Overview:
 def add_fleet(
     app: FastAPI,
     answer: Callable[..., Awaitable[Response]],
-    takes: Callable[..., dict[str, Any]],
     overview: Overview | None = None,
 ) -> None:
-    """Adds the route to `app`. `answer` checks the key and answers, `takes` describes both."""
+    """Adds the route to `app`. `answer` checks the key and answers."""
     overview = overview or Overview()
 
     @app.get("/v1/fleet", **takes(None, FleetAnswer, "What runs, and how busy it is"))

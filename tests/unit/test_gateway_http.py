@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 
 import pytest
@@ -377,6 +378,28 @@ def test_openapi_describes_every_body(gateway):
                 reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
                 assert reference.rpartition("/")[2] in schema["components"]["schemas"], path
     assert "$defs" not in json.dumps(schema)
+
+
+def test_openapi_describes_every_parameter_of_a_path(gateway):
+    paths = gateway.request("GET", "/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            described = [one["name"] for one in operation.get("parameters", []) if one["in"] == "path"]
+            assert sorted(described) == sorted(re.findall(r"{(\w+)}", path)), path
+    assert "/v1/rollouts/{rollout}/{action}" in paths
+    (route,) = (p for p in paths["/v1/rollouts"]["get"]["parameters"] if p["in"] == "query")
+    assert route["name"] == "route"
+
+
+def test_openapi_offers_headers_where_they_are_read(gateway):
+    paths = gateway.request("GET", "/openapi.json").json()["paths"]
+
+    def headers(path):
+        return {one["name"] for one in paths[path]["post"]["parameters"] if one["in"] == "header"}
+
+    assert headers("/v1/search") == {"X-Timeout-Ms", "X-Request-Id", "Cache-Control"}
+    assert headers("/v1/rollouts") == {"X-Operator", "X-Request-Id"}
+    assert headers("/v1/events") == {"X-Request-Id"}
 
 
 def test_refused_settings_leave_the_old_ones_in_force():
