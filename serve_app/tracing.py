@@ -23,7 +23,7 @@ Message = MutableMapping[str, Any]
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 # Probes would be most of what is recorded.
-_UNTRACED = ("/healthz", "/readyz")
+_UNTRACED = ("/healthz", "/health", "/readyz")
 
 _tracer: "Tracer | None" = None
 

@@ -336,7 +336,8 @@ class Controller:
         deployed = self._in_force()
         state = {**State(since=time.time()).to_json(), "variants": list(deployed.pipelines[document.canary])}
         rollout = Rollout(
-            id=f"{document.route}-{start_id}",
+            # Ids stand in paths, and are names of the store's.
+            id=f"{document.route.replace('/', '-')[:60]}-{start_id}",
             route=document.route,
             spec=document.model_dump(mode="json", exclude_none=True),
             state=state,

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from serve_app import strictyaml
-from serve_app.config import Block, Name, closest, explain
+from serve_app.config import Block, Name, RouteName, closest, explain
 from serve_app.rollout.guards import METRICS, Guard, MetricName, default_guard
 
 _WEIGHTS = (5, 25, 50, 100)
@@ -100,7 +100,7 @@ class Step(Block):
 class RolloutDocument(Block):
     """Moves `route` from the pipeline `stable` to the pipeline `canary`."""
 
-    route: Name
+    route: RouteName
     stable: Name
     canary: Name
     # Part of the calls that stable answers which the canary gets a copy of.

@@ -561,6 +561,20 @@ def test_what_gets_calls_is_known_at_once_after_a_promotion(store: Store) -> Non
     asyncio.run(scenario())
 
 
+def test_a_route_may_be_called_as_a_model_on_the_hub_is(store: Store) -> None:
+    async def scenario() -> None:
+        for route in ("Qwen/Qwen3-Reranker-0.6B", "a" * 128):
+            controller = Controller(store, all_ready)
+            await controller.exchange(News("g", deployed(settings([route]))))
+            rollout = await start(controller, route, **UP)
+            assert "/" not in rollout
+            assert store.get(rollout).route == route
+            await ticks_until(controller, lambda rollout=rollout: status(store, rollout) == "promoted")
+            await controller.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_store_that_forgot_rollouts_stops_nobody(store: Store, tmp_path: Path) -> None:
     async def scenario() -> None:
         controller = await heard(store)

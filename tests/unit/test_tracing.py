@@ -76,7 +76,8 @@ def test_a_call_continues_the_callers_trace(traced: Gateway, receiver: Receiver)
 def test_what_the_caller_does_not_sample_and_probes_are_not_recorded(traced: Gateway, receiver: Receiver) -> None:
     unsampled = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     assert traced.post("/v1/search", {"query": "one"}, unsampled).status_code == 200
-    assert traced.request("GET", "/healthz").status_code == 200
+    for path in ("/healthz", "/health"):
+        assert traced.request("GET", path).status_code == 200
     # A trace of its own, for a header that is none.
     assert traced.post("/v1/search", {"query": "one"}, {"traceparent": "00-zz"}).status_code == 200
     (span,) = wait_for(lambda: receiver.spans)
