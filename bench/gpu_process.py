@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,34 +31,34 @@ _ROUNDS, _ROUND_S = 5, 0.05
 
 
 def ceiling(read: Read, answer: Answer) -> None:
-    """FLOP/s by model and number format: a layer's multiplications over `tokens` tokens, the median of
-    interleaved rounds."""
-    import torch
+    """Each question names a number format, and is answered with FLOP/s by model, none where the card hasn't that
+    format: a layer's multiplications over `tokens` tokens, the median of interleaved rounds."""
+    while (asked := read()) is not None:
+        import torch
 
-    asked = read()
-    assert asked is not None
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    formats = ["bf16", *(["fp8"] if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 9) else [])]
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        known = asked["number"] == "bf16" or (kind == "cuda" and torch.cuda.get_device_capability() >= (8, 9))
+        card = torch.cuda.get_device_name() if kind == "cuda" else "none"
+        rates = _rates(torch, kind, asked) if known else {}
+        answer({"flops_per_s": rates, "card": card, "torch": torch.__version__})
+
+
+def _rates(torch: Any, kind: str, asked: dict[str, Any]) -> dict[str, float]:
     works = {
-        (name, number, shape): _multiplication(torch, kind, number, shape, asked["tokens"])
+        (name, shape): _multiplication(torch, kind, asked["number"], shape, asked["tokens"])
         for name, config in asked["configs"].items()
-        for number in formats
         for shape in gemms(config)
     }
     seconds: dict[Any, list[float]] = {key: [] for key in works}
     for _ in range(_ROUNDS):
         for key, work in works.items():
             seconds[key].append(_seconds(torch, kind, work))
-    rates: dict[str, dict[str, float]] = {}
+    rates = {}
     for name, config in asked["configs"].items():
         shapes = gemms(config)
         flops = sum(gemm_flops(shape, asked["tokens"]) for shape in shapes)
-        rates[name] = {
-            number: flops / sum(sorted(seconds[name, number, shape])[_ROUNDS // 2] for shape in shapes)
-            for number in formats
-        }
-    card = torch.cuda.get_device_name() if kind == "cuda" else "none"
-    answer({"flops_per_s": rates, "card": card, "torch": torch.__version__})
+        rates[name] = flops / sum(sorted(seconds[name, shape])[_ROUNDS // 2] for shape in shapes)
+    return rates
 
 
 def _multiplication(torch: Any, kind: str, number: str, shape: tuple[int, int], tokens: int) -> Callable[[], Any]:
@@ -70,7 +69,10 @@ def _multiplication(torch: Any, kind: str, number: str, shape: tuple[int, int], 
         return lambda: left @ right
     left, right = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn)
     one = torch.ones((), device=kind)
-    return lambda: torch._scaled_mm(left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    # vLLM's kernels sum up as fast.
+    return lambda: torch._scaled_mm(
+        left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def _seconds(torch: Any, kind: str, work: Callable[[], Any]) -> float:
@@ -112,18 +114,16 @@ async def replica(read: Read, answer: Answer) -> None:
 
 
 def _start(asked: dict[str, Any], cards: list[Card]) -> Engine:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(asked["config"]))
-        # No tokenizer, as prompts are ids; and no weights, whose values don't change the work.
-        dummy = {"load_format": "dummy", "skip_tokenizer_init": True, **asked["engine"]}
-        args = RerankerArgs(model=folder, kind="qwen3-reranker", engine=dummy)
-        model = Model(Path(folder), asked["config"], "dummy")
-        card_bytes = cards[0].total_bytes if cards else None
-        settings = engine_settings(args, model, device(), asked["share"], cpu_has_bf16(), card_bytes)
-        with turn(cards, asked["name"]):
-            if card_bytes is not None:
-                wait_for_memory(cards, int(settings["gpu_memory_utilization"] * card_bytes) + CONTEXT_BYTES)
-            return start(settings, "classify")
+    # No tokenizer, as prompts are ids; and no weights, whose values change the work little.
+    dummy = {"load_format": "dummy", "skip_tokenizer_init": True, **asked["engine"]}
+    args = RerankerArgs(model=asked["folder"], kind="qwen3-reranker", engine=dummy)
+    model = Model(Path(asked["folder"]), asked["config"], "dummy")
+    card_bytes = cards[0].total_bytes if cards else None
+    settings = engine_settings(args, model, device(), asked["share"], cpu_has_bf16(), card_bytes)
+    with turn(cards, asked["name"]):
+        if card_bytes is not None:
+            wait_for_memory(cards, int(settings["gpu_memory_utilization"] * card_bytes) + CONTEXT_BYTES)
+        return start(settings, "classify")
 
 
 async def _scored(engine: Engine, prompts: list[list[list[int]]]) -> dict[str, float]:

@@ -13,8 +13,11 @@ COMMON_TOKENS, QUERY_TOKENS, SUFFIX_TOKENS = 55, 15, 9
 HEAD_TOKENS = COMMON_TOKENS + QUERY_TOKENS
 # Of one handle call, by default (variants.<name>.pairs_per_call), and calls that a replica takes at once.
 PAIRS_A_CALL, CALLS_AT_ONCE = 64, 16
-# A round is long enough for steps of the engine to be many, unless a single call takes longer.
-ROUND_S = 1.0
+# A round is long enough for steps of the engine to be many. Where calls are slow it is longer, as a replica that
+# has a single call idles between its steps; and rounds are fewer.
+ROUND_S, _LONGEST_ROUND_S = 1.0, 10.0
+LEAST_CALLS = 4
+ROUNDS, LEAST_ROUNDS, _ROUNDS_S = 5, 3, 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,12 @@ class Case:
     @property
     def least_s(self) -> float:
         """Less time than this isn't enough to start and to measure anything. Engines start in turns."""
-        return 30 + 15 * (self.replicas - 1)
+        return 60 + 25 * (self.replicas - 1)
 
     @property
     def limit_s(self) -> float:
         """What is still running then hangs."""
-        return 100 + 25 * (self.replicas - 1)
+        return 150 + 25 * (self.replicas - 1)
 
 
 def allowed_s(case: Case, left_s: float) -> float | None:
@@ -45,9 +48,11 @@ def allowed_s(case: Case, left_s: float) -> float | None:
     return min(case.limit_s, left_s) if left_s >= case.least_s else None
 
 
-def calls_a_round(pairs_per_s: float, replicas: int) -> int:
-    """Of each replica, at that rate of all together."""
-    return max(1, round(pairs_per_s * ROUND_S / replicas / PAIRS_A_CALL))
+def calls_and_rounds(pairs_per_s: float, replicas: int) -> tuple[int, int]:
+    """Calls a round of each replica, and rounds, at that rate of all together."""
+    calls_per_s = pairs_per_s / replicas / PAIRS_A_CALL
+    count = max(1, round(calls_per_s * ROUND_S), min(LEAST_CALLS, int(calls_per_s * _LONGEST_ROUND_S)))
+    return count, max(LEAST_ROUNDS, min(ROUNDS, int(_ROUNDS_S * calls_per_s / count)))
 
 
 def gemms(config: Mapping[str, Any]) -> list[tuple[int, int]]:

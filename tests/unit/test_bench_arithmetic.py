@@ -1,10 +1,14 @@
 """What the benchmarks compute by themselves: operations, made work, time budgets, medians."""
 
+import asyncio
 import itertools
+import json
+import sys
+from typing import Any
 
 import pytest
 
-from bench import gpu, recall
+from bench import common, gpu, recall
 from bench.common import Spread, percentile
 from bench.gpu_work import (
     COMMON_TOKENS,
@@ -13,7 +17,7 @@ from bench.gpu_work import (
     Case,
     allowed_s,
     calls,
-    calls_a_round,
+    calls_and_rounds,
     gemm_flops,
     gemms,
     pairs_flops,
@@ -82,29 +86,101 @@ def test_calls_share_their_heads_and_nothing_else():
 def test_a_case_that_has_too_little_time_is_not_begun():
     one, four = Case("0.6B"), Case("0.6B", replicas=4)
     assert allowed_s(one, 300) == one.limit_s
-    assert allowed_s(one, 50) == 50
-    assert allowed_s(one, 29) is None
-    assert allowed_s(four, 50) is None
-    assert sum(case.least_s for case in gpu.CASES) < gpu.LIMIT_S
+    assert allowed_s(one, 80) == 80
+    assert allowed_s(one, 59) is None
+    assert allowed_s(four, 80) is None
 
 
-def test_a_round_is_a_second_of_work_or_one_call():
-    assert calls_a_round(6400, replicas=1) == 100
-    assert calls_a_round(6400, replicas=4) == 25
-    assert calls_a_round(30, replicas=1) == 1
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_all_cases_end_in_time_and_the_shared_card_is_among_them(part):
+    left: float = gpu.LIMIT_S - part * (gpu._CEILING_LIMIT_S + gpu._STOP_S)
+    begun = []
+    for case in gpu.CASES:
+        allowed = allowed_s(case, left - gpu._STOP_S)
+        if allowed is not None:
+            begun.append(case.name)
+            left -= case.least_s + part * (allowed - case.least_s) + gpu._STOP_S
+    assert left >= 0
+    assert begun[:2] == ["0.6B bf16 x1", "0.6B bf16 x4"]
+    if part < 1:
+        assert begun[2] == "0.6B bf16 x2"
+
+
+def test_a_round_is_a_second_of_calls_or_four_of_them():
+    assert calls_and_rounds(6400, replicas=1) == (100, 5)
+    assert calls_and_rounds(6400, replicas=4) == (25, 5)
+    assert calls_and_rounds(128, replicas=1) == (4, 5)
+    # 8B at 1,024 tokens: two seconds a call.
+    assert calls_and_rounds(32, replicas=1) == (4, 3)
+    assert calls_and_rounds(16, replicas=1) == (2, 3)
+    assert calls_and_rounds(1, replicas=1) == (1, 3)
+
+
+def test_a_models_folder_stays_and_has_its_newest_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "MODELS", tmp_path)
+    folder = gpu.model_folder("0.6B", {"hidden_size": 4})
+    assert gpu.model_folder("0.6B", SMALL) == folder
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert json.loads((folder / "config.json").read_text()) == SMALL
+
+
+def test_what_fails_unforeseen_ends_no_other_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu, "MODELS", tmp_path)
+    # Neither is JSON, which nobody foresaw.
+    configs: dict[str, dict[str, Any]] = {"a": {"odd": object()}, "b": {"odd": object()}}
+    result = asyncio.run(gpu._measure([Case("a"), Case("b")], configs, 1, 300, "test"))
+    assert "not JSON serializable" in result["ceiling_problem"]
+    assert [case["name"] for case in result["cases"]] == ["a bf16 x1", "b bf16 x1"]
+    assert all("not JSON serializable" in case["problem"] for case in result["cases"])
+    assert len(json.loads((tmp_path / "test.json").read_text())["cases"]) == 2
+
+
+def test_the_bf16_ceiling_outlives_a_failure_of_fp8s(monkeypatch):
+    script = (
+        'input(); print(\'{"flops_per_s": {"a": 1e14}, "card": "c"}\', flush=True); input(); raise SystemExit(3)'
+    )
+
+    async def start(what: str, name: str) -> gpu.Child:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", script), stdin=pipe, stdout=pipe, start_new_session=True
+        )
+        return gpu.Child(process, gpu.LOGS / "ceiling.log")
+
+    monkeypatch.setattr(gpu.Child, "start", start)
+    result: dict[str, Any] = {"ceiling": None}
+    with pytest.raises(gpu.CaseError, match="ended with 3"):
+        asyncio.run(gpu._ceiling({"a": SMALL}, 1, result))
+    assert result["ceiling"] == {"flops_per_s": {"a": {"bf16": 1e14}}, "card": "c"}
+
+
+def test_only_a_whole_table_is_complete():
+    lengths = {str(tokens): {} for tokens in gpu.DOCUMENT_TOKENS}
+    whole = {"cases": [{"lengths": lengths}], "left_out": []}
+    assert gpu.complete(whole)
+    assert not gpu.complete(whole | {"left_out": ["8B bf16 x1"]})
+    assert not gpu.complete(whole | {"cases": [{"lengths": lengths}, {"lengths": {"64": {}}}]})
+    assert not gpu.complete(whole | {"cases": [{"lengths": {}}]})
 
 
 def test_figures_are_of_what_was_computed():
-    rounds = {"64": [{"pairs_per_s": rate, "cached_tokens_a_pair": 48.0} for rate in (90.0, 100.0, 120.0)]}
+    rounds = {
+        "64": [{"calls": 4, "pairs_per_s": rate, "cached_tokens_a_pair": 48.0} for rate in (90.0, 100.0, 120.0)]
+    }
     ceiling = {"flops_per_s": {"0.6B": {"bf16": 1e14, "fp8": 2e14}}}
     config = gpu.CONFIGS["0.6B"]
     flops = pairs_flops(config, prompt_tokens(64), 48)
     bf16 = gpu.figures(Case("0.6B"), config, rounds, ceiling)["64"]
     assert bf16["pairs_per_s"] == Spread(100, 90, 120)
+    assert (bf16["rounds"], bf16["calls_a_round"]) == (3, 4)
     assert bf16["share_of_ceiling"].median == pytest.approx(100 * flops / 1e14)
     fp8 = gpu.figures(Case("0.6B", gpu.FP8), config, rounds, ceiling)["64"]
     assert fp8["share_of_ceiling"].median == pytest.approx(bf16["share_of_ceiling"].median / 2)
     assert gpu.figures(Case("0.6B"), config, rounds, None)["64"]["share_of_ceiling"] is None
+    only = {"flops_per_s": {"0.6B": {"bf16": 1e14}}}
+    assert gpu.figures(Case("0.6B", gpu.FP8), config, rounds, only)["64"]["share_of_ceiling"] is None
 
 
 def test_the_made_catalogue_is_the_same_each_time_and_follows_zipf():
