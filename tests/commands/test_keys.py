@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.commands.test_make import ROOT, Serving, interrupt, serve_app
+from tests.commands.test_make import ROOT, Serving, interrupt
+from tests.commands.test_up import serve_app
 from tests.ports import free_port
 
 BODIES = {
