@@ -18,6 +18,8 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
+from bench.client import Connection
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "ray",
@@ -143,20 +145,21 @@ async def closed_loop(
     seconds: float,
     headers: dict[str, str] | None = None,
 ) -> list[float]:
-    """Seconds that calls took of `clients` that each send the next call when they have the last one's answer."""
+    """Seconds that calls took of `clients` that each send the next call when they have the last one's answer.
+    Raises where one isn't answered with 200."""
     took: list[float] = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
 
-        async def client() -> None:
-            while (began := time.monotonic()) < end:
-                async with session.post(url, json=next(bodies), timeout=aiohttp.ClientTimeout(total=60)) as answer:
-                    text = await answer.text()
-                    if answer.status != 200:
-                        raise RuntimeError(f"{url} answered {answer.status}: {text[:300]}")
-                took.append(time.monotonic() - began)
+    async def client() -> None:
+        connection = Connection(url, headers or {})
+        while (began := time.monotonic()) < end:
+            status, answer = await connection.post(json.dumps(next(bodies)).encode())
+            took.append(time.monotonic() - began)
+            if status != 200:
+                raise RuntimeError(f"{url} answered {status}: {answer[:300]!r}")
+        connection.close()
 
-        end = time.monotonic() + seconds
-        async with asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(client())
+    end = time.monotonic() + seconds
+    async with asyncio.timeout(seconds + 60), asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(client())
     return took
