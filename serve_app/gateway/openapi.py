@@ -71,15 +71,12 @@ def document(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
         )
         schema["components"]["schemas"].update(definitions["$defs"])
         for path, operations in schema["paths"].items():
+            # FastAPI knows those only that are arguments of a handler.
+            of_path = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in re.findall(r"{(\w+)}", path)
+            ]
             for operation in operations.values():
-                _describe(re.findall(r"{(\w+)}", path), operation)
+                operation["parameters"] = [*operation.get("parameters", []), *of_path]
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-def _describe(names: list[str], operation: dict[str, Any]) -> None:
-    described = operation.setdefault("parameters", [])
-    there = {one["name"] for one in described if one["in"] == "path"}
-    for name in names:
-        if name not in there:
-            described.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}})
