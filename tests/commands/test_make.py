@@ -183,3 +183,48 @@ def test_a_missing_network_is_one_clear_line(tmp_path):
     assert answer.returncode == 1
     assert "is the network up?" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def sourced(tmp_path, settings, script):
+    """What `script` prints after scripts/packages.sh, where pip has these settings; pip says what it is asked, and
+    uv fails."""
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    (tmp_path / "settings").write_text(settings)
+    pip = f'case "$*" in *list) cat {tmp_path}/settings ;; *) echo "$@" ;; esac'
+    for name, what in (("python", pip), ("uv", "exit 1")):
+        (folder / name).write_text(f"#!/bin/sh\n{what}\n")
+        (folder / name).chmod(0o755)
+    return subprocess.run(
+        ["bash", "-euc", f". scripts/packages.sh\n{script}"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "venv": str(tmp_path / "venv"), "UV_HTTP_TIMEOUT": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
+def test_uv_is_set_as_pip_is(tmp_path):
+    settings = """:env:.find-links='/wheels /more'
+global.default-timeout='180'
+global.extra-index-url='\\nhttps://a/simple\\nhttps://b/simple'
+global.find-links='/others'
+global.index-url='https://mirror/simple'
+install.index-url='https://installs/simple'
+"""
+    found = dict(line.split("=", 1) for line in sourced(tmp_path, settings, "env | grep ^UV_").splitlines())
+    del found["UV_CACHE_DIR"]
+    assert found == {
+        "UV_DEFAULT_INDEX": "https://installs/simple",
+        "UV_INDEX": "https://a/simple https://b/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "UV_HTTP_TIMEOUT": "7",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+
+
+def test_what_uv_cannot_install_is_pips(tmp_path):
+    sourced(tmp_path, "", "install --no-deps some==1.0")
+    assert (tmp_path / "venv" / "install.log").read_text().endswith(" --no-compile --no-deps some==1.0\n")
