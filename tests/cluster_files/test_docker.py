@@ -69,6 +69,13 @@ def test_what_is_copied_is_there_and_reaches_the_build() -> None:
                     assert any(fnmatch(source, pattern) for pattern in let_in), source
 
 
+def test_what_the_setup_needs_is_copied() -> None:
+    copied = [source for _, lines in stages().values() for line in lines for source in line.split()[1:-1]]
+    needed = re.findall(r"^\. (\S+)$", (ROOT / "scripts/setup.sh").read_text(), re.M)
+    assert needed
+    assert not set(needed) - set(copied)
+
+
 def test_tritons_driver_is_handed_out_and_nothing_else_compiled(tmp_path: Path) -> None:
     compiler = tmp_path / "triton-cc"
     compiler.write_bytes((DOCKER / "triton-cc").read_bytes())
