@@ -18,7 +18,15 @@ from serve_app import __version__, tracing
 from serve_app.autoscaling.load import LoadMeter
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 from serve_app.logs import write_soon
-from serve_app.reranker.engine import Engine, Task, cpu_has_bf16, device, prepare_environment, start
+from serve_app.reranker.engine import (
+    Engine,
+    Task,
+    cpu_has_bf16,
+    device,
+    leave_out_unused,
+    prepare_environment,
+    start,
+)
 from serve_app.reranker.engine_args import check_engine_args, engine_settings
 from serve_app.reranker.gpu import STOP_LIMIT_S, Card, turn, visible_cards, wait_for_memory
 from serve_app.reranker.memory import CONTEXT_BYTES
@@ -71,6 +79,8 @@ class Reranker:
         resources = ray.get_runtime_context().get_assigned_resources()
         gpus = resources.get("GPU", 0)
         prepare_environment(resources.get("CPU", 0))
+        if not args.engine.get("trust_remote_code"):
+            leave_out_unused(on_gpu=gpus > 0)
         self._kind = args.kind
         self._name = serve.get_replica_context().app_name
         tracing.start(self._name, serve.get_replica_context().replica_tag)

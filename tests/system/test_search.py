@@ -1,6 +1,7 @@
 """Search and rerank calls through the running fleet: gateway, recall and real models."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,17 @@ def test_cancelled_work_leaves_the_engine(system):
     body = {"model": "qwen-f32", "query": "7", "documents": documents, "timeout_ms": 200}
     system.client.post("/v1/rerank", json=body)
     wait_for(lambda: handle.info.remote().result(timeout_s=30)["unfinished"] == 0, 30, what="engine idle")
+
+
+def test_a_replica_loads_nothing_for_sound_training_or_gpus(system):
+    from ray import serve
+
+    handle = serve.get_deployment_handle("Reranker", app_name="qwen-f32")
+    pid = handle.info.remote().result(timeout_s=30)["pid"]
+    loaded = Path(f"/proc/{pid}/maps").read_text()
+    assert "/torch/" in loaded
+    for package in ("scipy", "sklearn", "triton"):
+        assert f"/{package}/" not in loaded
 
 
 def test_a_query_without_room_is_refused_with_the_limit(system):
