@@ -3,7 +3,9 @@
 import hashlib
 import json
 import mmap
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -143,15 +145,28 @@ def new_index(folder: Path) -> tantivy.Index:
 def _open_linked(folder: Path) -> tantivy.Index:
     """tantivy writes a lock beside the files of an index that it reads, and the folder may be another user's or on
     a volume that is mounted read-only; so it gets a folder of its own, with links. What is open stays open."""
-    with tempfile.TemporaryDirectory(prefix="serve-app-index-") as own:
+    own = Path(tempfile.mkdtemp(prefix="serve-app-index-"))
+    try:
         for file in folder.absolute().iterdir():
             if file.suffix != ".lock":
-                (Path(own) / file.name).symlink_to(file)
-        index = tantivy.Index.open(own)
+                (own / file.name).symlink_to(file)
+        index = tantivy.Index.open(str(own))
         _register(index)
         index.config_reader("manual")
         index.reload()
+    finally:
+        _remove(own)
     return index
+
+
+def _remove(folder: Path) -> None:
+    """The reader that an index is opened with looks at the folder once more on a thread of its own, and may put
+    its lock there while it is being emptied."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 def new_document(title: str, text: str, offset: int) -> tantivy.Document:

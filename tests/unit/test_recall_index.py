@@ -121,6 +121,25 @@ def test_long_query_searches_its_rarest_terms(build: Callable[..., TantivyIndex]
     assert "rare" in ids(index, " ".join([*common, "absent", "needle"]), 100)
 
 
+def test_tantivys_late_lock_is_removed_too(
+    build: Callable[..., TantivyIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first reader's thread writes it while the folder goes, once in a thousand times on a busy machine."""
+    remove, removed = shutil.rmtree, []
+
+    def late(folder: Path, **how: bool) -> None:
+        remove(folder, **how)
+        removed.append(folder)
+        if len(removed) == 1:
+            folder.mkdir()
+            (folder / ".tantivy-meta.lock").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    build(rows(CATALOGUE))
+    assert len(removed) == 2
+    assert not removed[0].exists()
+
+
 def test_source_is_the_row_as_it_was(build: Callable[..., TantivyIndex]) -> None:
     row = '{"_id": 7, "title": "Lampe", "price": 12.50, "tags": ["a", {"b": null}], "名": "灯"}'
     [candidate] = build(row + "\r\n").search("lampe", 1)
