@@ -3,12 +3,15 @@
 import ast
 import functools
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.config import RerankerArgs, YesNoPrompt, closest
 from serve_app.reranker.memory import GIB, MOST, is_decoder, kv_cache_bytes, longest_prompt, utilisation
 from serve_app.reranker.model import Model
+
+logger = logging.getLogger("ray.serve")
 
 # Set by the variant's own settings; a second value under `engine` could only contradict them.
 _OURS = {
@@ -86,6 +89,11 @@ def engine_settings(
     settings["hf_overrides"] = _overrides(args, model) | (settings.get("hf_overrides") or {})
     if device == "cpu":
         _size_cpu_cache(settings, model)
+        if settings["dtype"] in ("bfloat16", "float16", "half") and not cpu_has_bf16:
+            logger.warning(
+                f"engine.dtype is {settings['dtype']}, which this CPU can't multiply: several times slower than "
+                "float32. Without engine.dtype, each CPU gets the one it is fast in."
+            )
     return settings
 
 

@@ -24,6 +24,17 @@ def test_every_config_is_valid(path):
     assert config.rerankers
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_cpus_compute_in_what_they_are_fast_in(path):
+    """bfloat16 takes six times as long on a CPU that has none."""
+    config = load(path)
+    for application in config.applications:
+        if application["name"] in config.rerankers and not any(
+            "num_gpus" in deployment.get("ray_actor_options", {}) for deployment in application["deployments"]
+        ):
+            assert "dtype" not in config.rerankers[application["name"]].engine
+
+
 def test_clusters_get_the_environment_that_serve_app_up_sets():
     lines = (CONFIGS / "serve.env").read_text().splitlines()
     assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == {

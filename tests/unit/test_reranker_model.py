@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -274,6 +275,15 @@ def test_defaults_lie_under_the_user_s_values() -> None:
     theirs = settings(dtype="float16", block_size=64, enforce_eager=False, hf_overrides={"rope_theta": 1})
     assert (theirs["dtype"], theirs["block_size"], theirs["enforce_eager"]) == ("float16", 64, False)
     assert theirs["hf_overrides"] == ours["hf_overrides"] | {"rope_theta": 1}
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_that_cannot_multiply_bfloat16_is_said(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "warning", said.append)
+    given = args("m", "qwen3-reranker", engine={"dtype": "bfloat16"})
+    engine_settings(given, Model(Path("/m"), QWEN, "r"), "cpu", 0, has_bf16)
+    assert [line.partition(",")[0] for line in said] == ([] if has_bf16 else ["engine.dtype is bfloat16"])
 
 
 def test_converted_checkpoints_keep_their_own_head() -> None:
