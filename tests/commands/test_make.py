@@ -88,9 +88,10 @@ def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path
     subprocess.run(["make", "index"], cwd=ROOT, check=True, capture_output=True, timeout=600)
     servings = [(Serving(tmp_path / stop.__name__, port := free_port()), port) for stop in stops]
     try:
-        for serving, _ in servings:
-            ready = serving.wait_ready()
-            curl = ready.partition("try: ")[2]
+        # Both first: who starts takes the other's cores, and a call has a deadline.
+        lines = [serving.wait_ready() for serving, _ in servings]
+        for (serving, _), line in zip(servings, lines, strict=True):
+            curl = line.partition("try: ")[2]
             assert curl.startswith("curl ")
             answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
             assert answer.returncode == 0, answer
