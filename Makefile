@@ -8,9 +8,7 @@ DEVICE := $(if $(filter 1,$(GPU)),gpu,cpu)
 VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
-FLEETS := $(addprefix test-,system rollout ui cluster draining)
-
-.PHONY: soak help setup setup-dev setup-clients index serve stop lint test test-unit test-cluster-files $(FLEETS) manifests clean simulate bench bench-gpu
+.PHONY: soak help setup setup-dev setup-clients index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
 .SILENT:
 
 help:
@@ -63,15 +61,14 @@ test-cluster-files: setup-dev
 manifests: setup-dev
 	$(BIN)/python cluster/kuberay/generate.py
 
-# The fleets two at a time: they wait as much as they compute.
 test: lint test-unit test-cluster-files setup-clients index
 	$(BIN)/pytest -q -n auto tests/processes
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/commands
-	$(MAKE) --no-print-directory -j 2 --output-sync $(FLEETS)
-
-# One suite of those that serve a fleet, each of its own.
-$(FLEETS): test-%: setup-clients index
-	$(BIN)/pytest -q tests/$*
+	$(BIN)/pytest -q tests/system
+	$(BIN)/pytest -q tests/rollout
+	$(BIN)/pytest -q tests/ui
+	$(BIN)/pytest -q tests/cluster
+	$(BIN)/pytest -q tests/draining
 
 # Eleven minutes of constant load, too long for every run.
 soak: setup-dev
