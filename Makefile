@@ -8,6 +8,7 @@ DEVICE := $(if $(filter 1,$(GPU)),gpu,cpu)
 VENV := $(if $(filter 1,$(GPU)),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 INDEX := .run/index/catalog
+
 .PHONY: soak help setup setup-dev setup-clients index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
 .SILENT:
 
