@@ -1,12 +1,19 @@
-"""What the score cache saves: the same search again, and a list of which half was scored before.
+"""What the score cache saves: the same search again, and a list of which half was scored before. And what a Redis
+behind it costs that doesn't answer.
 
     python -m bench.cache [--rounds N]
 
 MiniLM behind the gateway with HAProxy, keys and metrics on; the example catalogue, 100 candidates. One client.
+Redis without all that: the gateway's scoring alone, 100 new documents a call.
 """
 
 import argparse
+import asyncio
+import logging
+import os
 import random
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,6 +29,8 @@ from tests import models
 
 ROOT = Path(__file__).parents[1]
 _QUERIES, _DOCUMENTS = 4, 100
+# Calls after Redis has failed, of which the first three wait for it.
+_CALLS = 6
 
 
 def run(rounds: int) -> dict[str, Any]:
@@ -80,6 +89,71 @@ def run(rounds: int) -> dict[str, Any]:
     return result
 
 
+def failing_redis(rounds: int) -> dict[str, Any]:
+    """Milliseconds that calls take longer with a Redis behind the cache that is stopped, killed or refuses."""
+    from tests.processes.redis_server import RedisServer
+
+    first: dict[str, list[float]] = {"stopped": [], "killed": [], "refusing": []}
+    later: dict[str, list[float]] = {how: [] for how in first}
+    # A line for every time it goes out.
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder))
+        try:
+            for _ in range(rounds):
+                for how in first:
+                    plain = statistics.median(asyncio.run(_calls(None, server)))
+                    costs = [ms - plain for ms in asyncio.run(_calls(how, server))]
+                    first[how] += costs[:3]
+                    later[how] += costs[3:]
+        finally:
+            server.kill()
+            logging.disable(logging.NOTSET)
+    result = {
+        "first_three_ms": {how: Spread.of(costs) for how, costs in first.items()},
+        "later_ms": {how: Spread.of(costs) for how, costs in later.items()},
+    }
+    show(
+        f"A call's added ms where Redis doesn't answer, {rounds} rounds of six calls",
+        ["Redis is", "the first three", "the next three"],
+        [[how, result["first_three_ms"][how].text(2), result["later_ms"][how].text(2)] for how in first],
+    )
+    return result
+
+
+async def _calls(how: str | None, server: Any) -> list[float]:
+    """Milliseconds of calls that find nothing, one after the other; without Redis, or after it has failed."""
+    from serve_app.config import Cache
+    from serve_app.gateway.scoring import Scoring
+    from tests.unit.test_gateway_cache import MIB, Replicas, ask
+
+    scoring = Scoring(Replicas())
+    password = ":wrong@" if how == "refusing" else ""
+    url = f"redis://{password}127.0.0.1:{server.port}/0"
+    scoring.configure(Cache(max_bytes=MIB, redis=None if how is None else url))
+    if how in ("stopped", "killed"):
+        # Not the first call, for which there is a connection to be made.
+        await ask(scoring, ["a"])
+        if how == "stopped":
+            os.kill(server.process.pid, signal.SIGSTOP)
+        else:
+            server.kill()
+    took = []
+    for i in range(_CALLS):
+        documents = [f"{time.monotonic_ns()} {i} {j}" for j in range(_DOCUMENTS)]
+        before = time.monotonic()
+        await ask(scoring, documents, size=64)
+        took.append((time.monotonic() - before) * 1e3)
+    if how == "stopped":
+        os.kill(server.process.pid, signal.SIGCONT)
+    elif how == "killed":
+        server.start()
+    if scoring._redis is not None:
+        assert scoring.stats()["redis_out"]
+        await scoring._redis.close()
+    return took
+
+
 def _call(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     began = time.monotonic()
     answer = client.post(path, json=body)
@@ -92,7 +166,13 @@ def _call(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[float,
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the score cache saves.")
     parser.add_argument("--rounds", type=int, default=5)
-    print(save("cache", run(parser.parse_args().rounds)))
+    rounds = parser.parse_args().rounds
+    # Before there is a fleet, which takes some of the machine.
+    redis = failing_redis(4 * rounds) if shutil.which("redis-server") else None
+    result = run(rounds)
+    if redis is None:
+        print("What a Redis costs that fails was not measured: redis-server is not installed.")
+    print(save("cache", {**result, "failing_redis": redis}))
     return 0
 
 

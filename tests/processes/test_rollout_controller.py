@@ -242,7 +242,7 @@ async def _lived(store: Store, url: str, folder: Path, controllers: list[Process
         ids: dict[str, str] = {}
         await _reach_states(store, users, first, ids)
         await first.freeze()
-        ids["pending"] = await _started_by_another(store, users, "pending")
+        ids["pending"] = await _started_by_another(store, users, "pending", **DOCUMENTS["pending"])
         lives = {
             state: Life(id, store.get(id), store.history(id), users.weight(state)) for state, id in ids.items()
         }
@@ -308,11 +308,11 @@ async def _reach_states(store: Store, users: Users, controller: Process, ids: di
     await until(lambda: users.answers > heard + 1, "the last weights")
 
 
-async def _started_by_another(store: Store, users: Users, route: str) -> str:
+async def _started_by_another(store: Store, users: Users, route: str, **document: Any) -> str:
     """Any controller may start a rollout; the lease holder takes it up."""
     another = Controller(store, not_ready=AsyncMock())
     await another.exchange(News("another", deployed(users.settings)))
-    document = {"route": route, "stable": "stable", "canary": "canary", **DOCUMENTS[route]}
+    document = {"route": route, "stable": "stable", "canary": "canary", **document}
     reply = await another.start(document, uuid.uuid4().hex, "ann")
     assert reply.error is None, reply
     return str(reply.body["id"])
@@ -498,7 +498,8 @@ def test_a_controller_frozen_in_a_write_and_woken_later_is_refused(begin: Any, u
         assert await leads_soon(frozen)
         async with Users("default") as users:
             users.controller = frozen
-            rollout = await start(users, "default", steps=PAUSED)
+            # Not by itself, which may be frozen before it has answered.
+            rollout = await _started_by_another(store, users, "default", guards={"error_rate": {}}, steps=PAUSED)
             await until(lambda: frozen.frozen, "the freeze")
             other = begin()
             users.controller = other
