@@ -23,6 +23,7 @@ from serve_app.reranker.engine import (
     Task,
     cpu_has_bf16,
     device,
+    import_vllm_without_compiler,
     leave_out_unused,
     prepare_environment,
     start,
@@ -205,6 +206,8 @@ def _no_collections() -> Iterator[None]:
 
 @_no_collections()
 def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
+    if not gpus and args.engine.get("enforce_eager", True):
+        import_vllm_without_compiler()
     built_for = device()
     card_bytes = min((card.total_bytes for card in cards), default=None)
     settings = engine_settings(args, model, built_for, gpus, cpu_has_bf16(), card_bytes)

@@ -127,6 +127,23 @@ def leave_out_unused(on_gpu: bool) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
+def import_vllm_without_compiler() -> None:
+    """Imports vLLM for an engine that compiles nothing, without most of torch's compiler: a seventh of what it
+    imports. vLLM adapts the compiler where it can be imported, while it is imported itself."""
+    # Functions of vLLM's and torch's that are compiled at their first call stay as they are.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    name = "torch._inductor.lowering"
+    # What imports it after that gets it.
+    held = sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    try:
+        # Of another version that can't do without it: the next import fails or not as it would have.
+        with contextlib.suppress(ImportError):
+            import vllm  # noqa: F401
+    finally:
+        if held is None:
+            sys.modules.pop(name, None)
+
+
 def device() -> Literal["cpu", "gpu"]:
     """What the installed vLLM was built for."""
     from vllm.platforms import current_platform

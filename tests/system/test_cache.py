@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from tests.models import SENTENCES
 from tests.processes.redis_server import RedisServer, needs_redis
 from tests.system.conftest import System, reranker, wait_for
 
-# Of a call that is answered from the cache, in the gateway.
-MOST_MS = 5.0
 # From the moment a new replica answers to that of the last old score (docs/caching.md).
 MOST_STALE_S = 3.0
 
@@ -75,20 +72,9 @@ def test_a_repeated_call_is_answered_without_a_model(client: httpx.Client) -> No
     documents = [f"{i}: {SENTENCES[i % len(SENTENCES)]}" for i in range(100)]
     first = rerank(client, documents)
     assert (stage(first)["cache_hits"], stage(first)["tokens"] > 0) == (0, True)
-    gateway_ms, whole_ms = [], []
-    for _ in range(40):
-        began = time.monotonic()
-        again = rerank(client, documents)
-        whole_ms.append((time.monotonic() - began) * 1e3)
-        gateway_ms.append(again["meta"]["took_ms"])
-        assert (stage(again)["pairs"], stage(again)["cache_hits"], stage(again)["tokens"]) == (100, 100, 0)
-        assert scores(again) == scores(first)
-    gateway_p50, whole_p50 = statistics.median(gateway_ms), statistics.median(whole_ms)
-    print(
-        f"\nfirst {first['meta']['took_ms']:.0f} ms; again, p50, {gateway_p50:.1f} ms in the gateway, "
-        f"{whole_p50:.1f} ms to the client by Serve's own proxy"
-    )
-    assert gateway_p50 <= MOST_MS
+    again = rerank(client, documents)
+    assert (stage(again)["pairs"], stage(again)["cache_hits"], stage(again)["tokens"]) == (100, 100, 0)
+    assert scores(again) == scores(first)
     fresh = client.post(
         "/v1/rerank",
         json={"model": "minilm", "query": "what keeps drinks hot?", "documents": documents[:3]},
@@ -121,15 +107,10 @@ def test_search_and_score_use_what_the_other_computed(client: httpx.Client) -> N
 def test_a_search_again_asks_neither_recall_nor_a_model(client: httpx.Client) -> None:
     body = {"query": "a desk lamp for reading at night", "recall_k": 30, "top_n": 10, "timeout_ms": 30_000}
     first = client.post("/v1/search", json=body).json()
-    gateway_ms = []
-    for _ in range(20):
-        again = client.post("/v1/search", json=body).json()
-        gateway_ms.append(again["meta"]["took_ms"])
-        assert again["results"] == first["results"]
-        recalled, scored = again["meta"]["stages"]
-        assert (recalled["cached"], scored["cache_hits"], scored["tokens"]) == (True, scored["pairs"], 0)
-    print(f"\nagain, p50, {statistics.median(gateway_ms):.1f} ms in the gateway")
-    assert statistics.median(gateway_ms) <= MOST_MS
+    again = client.post("/v1/search", json=body).json()
+    assert again["results"] == first["results"]
+    recalled, scored = again["meta"]["stages"]
+    assert (recalled["cached"], scored["cache_hits"], scored["tokens"]) == (True, scored["pairs"], 0)
 
 
 def test_a_search_finds_what_a_new_index_has(restored: System, client: httpx.Client, tmp_path: Path) -> None:
