@@ -61,7 +61,7 @@ _OVERRIDES = {
 
 def make_model(shape: str, folder: Path) -> Path:
     """Random weights whose scores spread."""
-    return models.tiny_qwen3(folder) if shape == "tiny" else models.qwen3(folder, **SHAPES[shape])
+    return models.qwen3(folder, **SHAPES[shape])
 
 
 def template(folder: Path) -> Path:
