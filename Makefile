@@ -79,8 +79,8 @@ simulate: setup-dev
 	mkdir -p .run/simulate
 	$(BIN)/serve-app simulate --trace all --json .run/simulate/comparison.json --png .run/simulate/comparison.png
 
-bench: setup-dev
-	$(BIN)/pip install -q -c constraints/$(DEVICE).txt -e ".[bench]"
+bench:
+	scripts/setup.sh $(VENV) $(DEVICE) bench
 	$(BIN)/python -m bench
 
 # Asked first, because the GPU build takes minutes to install.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,8 @@ def main() -> int:
     sizes = arguments.documents or DEFAULT_SIZES
     if min(sizes) < _LEAST_DOCUMENTS:
         parser.error(f"--documents is {min(sizes)}; allowed: {_LEAST_DOCUMENTS:,} or more")
+    if absent := [name for name in ("bm25s", "rank_bm25") if find_spec(name) is None]:
+        parser.error(f"not installed: {', '.join(absent)}; `scripts/setup.sh .venv cpu bench` installs them")
     print(json.dumps(machine()))
     path = save("recall", run(sizes, arguments.rounds))
     draw(json.loads(path.read_text()), path.with_suffix(".png"))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment that the Makefile uses: setup.sh VENV cpu|gpu run|dev
+# Makes the virtual environment that the Makefile uses: setup.sh VENV cpu|gpu run|dev|bench
 # Does nothing when it is there already and what it was made from has not changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,10 +9,15 @@ fail() { echo "setup: $*" >&2; exit 1; }
 
 constraints=constraints/$device.txt
 wanted="$device $(cat pyproject.toml "$constraints" scripts/setup.sh scripts/packages.sh | sha256sum | cut -c1-16)"
-stamp=$venv/.made-for-$purpose
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
-# A development environment serves as well.
-[ "$purpose" = run ] && [ "$(cat "$venv/.made-for-dev" 2>/dev/null)" = "$wanted" ] && exit 0
+# Each holds what those before it do.
+case $purpose in
+  run) extras=$device,ui serve_it="run dev bench" ;;
+  dev) extras=$device,ui,dev serve_it="dev bench" ;;
+  bench) extras=$device,ui,dev,bench serve_it=bench ;;
+esac
+for made in $serve_it; do
+  [ "$(cat "$venv/.made-for-$made" 2>/dev/null)" = "$wanted" ] && exit 0
+done
 
 python=
 for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
@@ -34,8 +39,6 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
 
-extras=$device,ui
-[ "$purpose" = dev ] && extras=$extras,dev
 echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
 . scripts/packages.sh
 # The CPU build of torch is not on every index; PyTorch publishes it on its own.
@@ -62,4 +65,4 @@ fi
 # Some packages ship files of other Pythons, which don't compile; and their tests, which nobody runs here.
 "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$venv/lib" >>"$venv/install.log" 2>&1 || true
 rm -rf "$venv/.uv-cache"
-echo "$wanted" >"$stamp"
+echo "$wanted" >"$venv/.made-for-$purpose"

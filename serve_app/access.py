@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from urllib.parse import urlsplit
 
 # The gateway's: whom it lets in.
 API_KEYS, API_KEYS_FILE = "SERVE_APP_API_KEYS", "SERVE_APP_API_KEYS_FILE"
@@ -52,6 +53,14 @@ def local_url(host: str | None, port: int) -> str:
     if not host or host in ("0.0.0.0", "::", "localhost"):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_elsewhere(url: str) -> bool:
+    """Whether `url` is another machine's, which may be reached by a proxy of the environment (ALL_PROXY, …)."""
+    try:
+        return not _is_loopback(urlsplit(url).hostname or "elsewhere")
+    except ValueError:
+        return True
 
 
 def _is_loopback(host: str | None) -> bool:

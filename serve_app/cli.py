@@ -5,10 +5,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve_app import __version__
-from serve_app.access import API_KEY, bearer
+from serve_app.access import API_KEY, bearer, is_elsewhere
 
 _URL = os.environ.get("SERVE_APP_URL", "http://127.0.0.1:8000")
 
@@ -285,7 +285,10 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _rerank(arguments: argparse.Namespace) -> int:
-    documents = arguments.documents or [line.rstrip("\n") for line in sys.stdin]
+    try:
+        documents = arguments.documents or _lines_of(sys.stdin.buffer)
+    except ValueError as error:
+        return _complain(error, 2)
     body = {"query": arguments.query, "documents": documents, **_common(arguments)}
     if arguments.top_n is not None:
         body["top_n"] = arguments.top_n
@@ -299,6 +302,17 @@ def _rerank(arguments: argparse.Namespace) -> int:
         print(f"{result['relevance_score']:6.3f}  {documents[result['index']]}")
     _print_meta(answer["meta"])
     return 0
+
+
+def _lines_of(file: BinaryIO) -> list[str]:
+    """A document a line. Raises ValueError for one that is not UTF-8."""
+    lines = []
+    for number, line in enumerate(file, 1):
+        try:
+            lines.append(line.decode().rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input, line {number}: not UTF-8 ({error.reason})") from None
+    return lines
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -357,11 +371,18 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     import httpx
 
     try:
-        response = httpx.post(url.rstrip("/") + path, json=body, headers=bearer(API_KEY), timeout=90)
+        response = httpx.post(
+            url.rstrip("/") + path,
+            content=json.dumps(body).encode(),
+            headers={**bearer(API_KEY), "Content-Type": "application/json"},
+            timeout=90,
+            trust_env=is_elsewhere(url),
+        )
     except httpx.HTTPError as error:
         _complain(f"no answer from {url}: {error}; is it up? (serve-app up CONFIG)", 1)
         return None
-    except (httpx.InvalidURL, ValueError) as error:
+    # ImportError: a proxy of the environment for which httpx lacks something.
+    except (httpx.InvalidURL, ValueError, ImportError) as error:
         _complain(f"can't call {url!r}: {error}", 1)
         return None
     try:

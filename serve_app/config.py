@@ -203,7 +203,7 @@ class Cache(Block):
     replica has its own, and Redis behind it for the scores where `redis` is set."""
 
     # 32 bytes a score, of memory that is taken as it fills.
-    max_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    max_bytes: int = Field(default=64 * 2**20, ge=2**20, le=2**40)
     # 200 candidates of 1 KB take half a megabyte; 0: every search asks recall.
     recall_max_bytes: int = Field(default=64 * 2**20, ge=0)
     ttl_s: int = Field(default=3600, ge=1, le=30 * 86_400)
@@ -290,7 +290,9 @@ def explain(error: ValidationError, where: str) -> str:
     for problem in error.errors(include_url=False):
         place = ".".join([where, *(str(part) for part in problem["loc"])])
         message = problem["msg"].removeprefix("Value error, ")
-        seen = "" if problem["type"] in ("value_error", "missing") else f" (got {_short(problem['input'])})"
+        # What stands under a name that nobody knows may be a password.
+        silent = problem["type"] in ("value_error", "missing", "extra_forbidden")
+        seen = "" if silent else f" (got {_short(problem['input'])})"
         lines.append(f"{place}: {message}{seen}")
     return "\n".join(lines)
 
@@ -308,5 +310,7 @@ def _known(name: str, allowed: "dict[str, Any]") -> str:
 
 def _short(value: object) -> str:
     # A password may stand in a url, also in one that stands in the wrong place.
-    text = re.sub(r"://[^\s'\"]*@", "://***@", repr(value))
+    if value and isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = re.sub(r"://\S*@", "://***@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

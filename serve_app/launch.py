@@ -19,6 +19,7 @@ import psutil
 
 from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, local_url, refuse_strangers, secret
 from serve_app.configfile import ConfigFile
+from serve_app.plan import gpus_at_start
 
 # Engines of the largest models read their weights from a network disk.
 _START_LIMIT_S = 1800
@@ -41,6 +42,8 @@ FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "67108864",
 }
+# HAProxy's two ports, by the variable that names another.
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 
 
 class LaunchError(Exception):
@@ -67,13 +70,17 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
             refuse_strangers(host)
         except ValueError as error:
             raise LaunchError(str(error)) from None
-    _refuse_taken(host, port)
+    _refuse_taken(host, port, "free it, or choose another: --port N, or PORT=N with make")
+    if _is_open(config) and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1":
+        for name, default in _HAPROXY_PORTS.items():
+            _refuse_taken("0.0.0.0", int(os.environ.get(name) or default), f"free it, or set {name} to another")
     _refuse_missing_indexes(config)
     _adopt_orphans()
     _raise_stop_on_signals()
     with _pid_file(port):
         try:
-            _start(raw, verbose, least_resources(config), {**ENVIRONMENT, **(FAST if _is_open(config) else {})})
+            needed = {**least_resources(config), "cards": gpus_at_start(config)}
+            _start(raw, verbose, needed, {**ENVIRONMENT, **(FAST if _is_open(config) else {})})
             _print_ready(config, host, port)
             _await_end_of_ray()
         except _Stop:
@@ -161,6 +168,11 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
             f"this machine has {gpus:g}; serve a config for the CPU, such as configs/local.yaml, "
             "or deploy to a cluster: serve deploy FILE"
         )
+    if needed["cards"] > gpus:
+        raise LaunchError(
+            f"the config's shares need {needed['cards']:g} GPUs, because none is split over two, and this machine "
+            f"has {gpus:g}; serve-app plan FILE shows them"
+        )
     # Ray put a handler of its own in place, which aborts the process on SIGTERM.
     _raise_stop_on_signals()
     if not verbose:
@@ -170,9 +182,11 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
     grpc = schema.grpc_options.model_dump()
     try:
         serve.start(proxy_location=schema.proxy_location, http_options=http, grpc_options=grpc)
-    except ray.exceptions.RayError as error:
+    # TimeoutError is Serve's own, of a proxy that takes more than a minute.
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
         raise LaunchError(
-            f"Serve's HTTP proxy did not start: {str(error).splitlines()[0]}\nlogs: {_logs()}"
+            f"Serve's HTTP proxy did not start: {' … '.join(dict.fromkeys((said[0], said[-1])))}\nlogs: {_logs()}"
         ) from None
     # What `serve run FILE` does; Serve has no public call for a config file.
     _get_global_client().deploy_apps(schema, _blocking=False)
@@ -281,15 +295,14 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _refuse_taken(host: str, port: int) -> None:
+def _refuse_taken(host: str, port: int, remedy: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(
-                f"port {port} on {host} cannot be used ({error.strerror}){_holder(port)}; "
-                "free it, or choose another: --port N, or PORT=N with make"
+                f"port {port} on {host} cannot be used ({error.strerror}){_holder(port)}; {remedy}"
             ) from None
 
 

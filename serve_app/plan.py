@@ -94,6 +94,15 @@ def plan(config: ConfigFile, gpu_memory_gib: float) -> Plan:
     return Plan(gpu_memory_gib, variants, least, first, most)
 
 
+def gpus_at_start(config: ConfigFile) -> int:
+    """GPUs for the first replicas of all deployments: a share is never split over two."""
+    shares = []
+    for _, deployment in _deployments(config):
+        share = round(float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 0) * _WHOLE)
+        shares += [share] * replica_counts(deployment)[1]
+    return packed(shares)
+
+
 def replica_counts(deployment: dict[str, Any]) -> tuple[int, int, int]:
     """Least, first and greatest number of replicas, with Serve's defaults."""
     scaling, fixed = deployment.get("autoscaling_config"), deployment.get("num_replicas")
@@ -197,7 +206,7 @@ def _cells(variant: VariantPlan) -> list[str]:
     if variant.needs_gib is not None:
         parts = " + ".join(gib(int(part * GIB)) for part in variant.needs_gib)
         needs = f"{gib(int((variant.total_needs_gib or 0) * GIB))} = {parts}"
-    share = round(variant.num_gpus * _WHOLE)
+    share = max(1, round(variant.num_gpus * _WHOLE))
     verdict = "no" if variant.problem is not None else "yes"
     if variant.smallest_num_gpus is not None:
         verdict += f", from {shown(variant.smallest_num_gpus)}"

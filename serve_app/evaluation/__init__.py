@@ -10,6 +10,9 @@ from serve_app.evaluation.dataset import DatasetError, read_dataset
 from serve_app.evaluation.measure import measure
 from serve_app.evaluation.report import Report
 
+# A day; a gateway's own limit (limits.max_timeout_ms) is far below.
+MAX_TIMEOUT_S = 86_400
+
 __all__ = ["DatasetError", "EvaluationError", "Report", "evaluate"]
 
 
@@ -38,8 +41,8 @@ def evaluate(
     for name, value in (("concurrency", concurrency), ("top_n", top_n), ("limit", limit)):
         if value is not None and value < 1:
             raise EvaluationError(f"{name} is {value}; allowed: 1 or more")
-    if not timeout_s > 0:
-        raise EvaluationError(f"timeout_s is {timeout_s:g}; allowed: more than 0")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise EvaluationError(f"timeout_s is {timeout_s:g}; allowed: more than 0, up to {MAX_TIMEOUT_S:,}")
     data = read_dataset(Path(dataset), limit)
 
     async def run() -> Report:

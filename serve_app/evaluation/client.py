@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.access import API_KEY, bearer
+from serve_app.access import API_KEY, bearer, is_elsewhere
 
 ATTEMPTS = 6
 # A Retry-After beyond this is not waited for in full.
@@ -50,8 +50,10 @@ class Gateway:
                 timeout=timeout_s + _GRACE_S,
                 limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
                 transport=transport,
+                trust_env=is_elsewhere(url),
             )
-        except (httpx.InvalidURL, ValueError) as error:
+        # ImportError: a proxy of the environment for which httpx lacks something.
+        except (httpx.InvalidURL, ValueError, ImportError) as error:
             raise EvaluationError(f"can't call {url!r}: {error}") from None
 
     async def __aenter__(self) -> "Gateway":

@@ -12,6 +12,10 @@ class DatasetError(ValueError):
     """The folder cannot be used; the message names file and line."""
 
 
+# What trec_eval's C reckons with.
+MAX_GRADE = 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """`lang` is empty where the file says none."""
@@ -88,6 +92,8 @@ def read_grades(path: Path, known: set[str]) -> Grades:
             if n == 0:
                 continue
             raise DatasetError(f"{where}: the grade must be a whole number, got {grade!r}") from None
+        if abs(value) > MAX_GRADE:
+            raise DatasetError(f"{where}: the grade is {value}; allowed: {-MAX_GRADE:,} to {MAX_GRADE:,}")
         if query not in known:
             raise DatasetError(f"{where}: the query {query!r} is not in queries.jsonl")
         if not document:

@@ -81,7 +81,12 @@ def choose_systems(
     alone: dict[str, Any] = {"rerank": False, "top_n": top_n, "recall_k": depth}
     if route is not None:
         alone["route"] = route
-    return [System(RECALL_ALONE, alone), *(System(name, {"model": name, "top_n": top_n}) for name in chosen)]
+    systems = [System(RECALL_ALONE, alone)]
+    for name in chosen:
+        # More than it recalls would make the gateway recall, and rerank, more than a search of users does.
+        shown = min(top_n, pipelines.get(name, {}).get("recall_k", top_n))
+        systems.append(System(name, {"model": name, "top_n": shown}))
+    return systems
 
 
 def judge(dataset: Dataset, name: str, answers: Sequence[Answer]) -> Result:

@@ -25,6 +25,7 @@ from serve_app.gateway.answers import rerank_answer, score_answer, search_answer
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
+from serve_app.gateway.limits import limit
 from serve_app.gateway.openapi import ERRORS, OF_CALLS, document, takes
 from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
@@ -244,7 +245,7 @@ async def _answer(
             check(request)
         service.enter(kind)
         entered = True
-        body = None if model is None else await _read(request, model, service.settings.limits.max_body_bytes)
+        body = None if model is None else await _read(request, model, service.settings)
         response = _json(await answer(body))
     except ApiError as error:
         response = _error(error, request_id)
@@ -266,7 +267,8 @@ async def _answer(
     return response
 
 
-async def _read(request: Request, model: type[B], max_bytes: int) -> B:
+async def _read(request: Request, model: type[B], settings: GatewaySettings) -> B:
+    max_bytes = settings.limits.max_body_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("", "identity"):
         raise ApiError("unsupported_encoding", f"Content-Encoding is {encoding[:40]!r}; allowed: identity")
@@ -286,6 +288,10 @@ async def _read(request: Request, model: type[B], max_bytes: int) -> B:
         data = from_json(b"".join(chunks), allow_inf_nan=False)
     except ValueError as error:
         raise ApiError("invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
+    # Before millions of texts are looked at, one by one.
+    for name in wire.TEXTS if isinstance(data, dict) else ():
+        if isinstance(texts := data.get(name), list):
+            limit(settings, "max_documents", len(texts), name, "documents")
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic_core import to_json
 
 from serve_app.access import ADMIN_KEY, secret
 from serve_app.gateway.errors import ApiError
@@ -121,7 +121,10 @@ def add_control(app: FastAPI, service: Service, answer: Answer) -> None:
         async def reply(body: EventsBody) -> dict[str, Any]:
             kinds = {"click": "click", "impression": "impression", "view": "impression"}
             counted = [_event(e, kinds[e.action_name]) for e in body.events if e.action_name in kinds]  # type: ignore[arg-type]
-            raw = [json.dumps(event.model_dump(exclude_unset=True), ensure_ascii=False) for event in body.events]
+            raw = [
+                to_json(event.model_dump(exclude_unset=True), inf_nan_mode="null").decode()
+                for event in body.events
+            ]
             _check_running(service)
             answered = _body(await service.rollouts.ask("events", counted, raw, timeout_s=_EVENTS_TIMEOUT_S))
             return {**answered, "ignored": len(body.events) - len(counted)}

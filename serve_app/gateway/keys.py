@@ -110,7 +110,7 @@ def _key(name: str, value: Any, path: str) -> Key:
 def _from_list(text: str) -> list[Key]:
     keys = []
     for i, entry in enumerate(filter(None, (part.strip() for part in text.split(",")))):
-        name, colon, key = entry.partition(":")
+        name, colon, key = (part.strip() for part in entry.partition(":"))
         if not colon or not _NAME.fullmatch(name):
             raise KeysError(f"{API_KEYS}: entry {i + 1} is not NAME:KEY")
         if len(key) < _LEAST_LENGTH:
@@ -140,7 +140,7 @@ class Keys:
     problem: str | None = None
     _by_hash: dict[str, Key] = field(default_factory=dict)
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
-    _read: tuple[float, int] | None = None
+    _read: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises KeysError."""
@@ -200,10 +200,11 @@ class Keys:
         names = {key.name for key in keys}
         self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
 
-    def _version(self) -> tuple[float, int] | None:
-        """Of the file; a Kubernetes secret is a link that is changed, which stat follows."""
+    def _version(self) -> tuple[int, ...] | None:
+        """Of the file; a Kubernetes secret is a link that is changed, which stat follows. Who may read it shows in
+        its ctime."""
         try:
             found = os.stat(self.environment.get(API_KEYS_FILE, "").strip())
         except OSError:
             return None
-        return found.st_mtime, found.st_ino
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

@@ -90,12 +90,15 @@ class Scoring:
         self._pairs: Counter[str] = Counter()
 
     def configure(self, settings: Cache | None) -> None:
-        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does."""
-        old, self._settings = self._settings, settings
+        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does. Raises
+        MemoryError for a `max_bytes` that the machine hasn't."""
+        old = self._settings
         if settings == old:
             return
         if settings is None or old is None or settings.max_bytes != old.max_bytes:
+            # Without memory for it, all stays as it was.
             self._table = ScoreTable(settings.max_bytes) if settings else None
+        self._settings = settings
         url = settings.redis.get_secret_value() if settings and settings.redis else None
         if self._redis is not None:
             self._closing = asyncio.get_running_loop().create_task(self._redis.close())

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from serve_app import __version__
 from serve_app.config import GatewaySettings, Stage, explain
 from serve_app.gateway import lexical
 from serve_app.gateway.canary import SHOWN, answer
+from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.fleet import Fleet, all_or_none
 from serve_app.gateway.fusion import best_first
@@ -39,6 +41,9 @@ Kind = Literal["calls", "operators", "events", "fleet"]
 _BESIDE_CALLS = 32
 # Queries of one score call that are under way at once.
 _QUERIES_AT_ONCE = 8
+# What BM25 in place of a model is waited for where the deadline has passed.
+_LEXICAL_LEAST_S = 0.05
+_NO_MEMORY = "user_config.cache.max_bytes: this machine hasn't so much memory"
 # Engines take lower numbers first.
 _MIRRORED_PRIORITY = 10
 
@@ -58,6 +63,8 @@ class Service:
         # What is wrong with settings that were refused while older ones stay in force.
         self.settings_error: str | None = None
         self._under_way: Counter[Kind] = Counter()
+        # One call's after the other: they hold the interpreter's lock, and what waits too long isn't begun.
+        self._lexical = ThreadPoolExecutor(1, "bm25")
 
     @property
     def settings(self) -> GatewaySettings:
@@ -71,16 +78,18 @@ class Service:
         """Puts `user_config` in force. Raises ValueError for bad settings, unless there are older ones: then
         these go on, and `settings_error` says what is wrong."""
         try:
-            self._settings = GatewaySettings.model_validate(user_config)
-            self.settings_error = None
-            self.recalling.configure(self._settings.cache)
-            self.scoring.configure(self._settings.cache)
-        except ValidationError as error:
-            message = explain(error, "user_config")
+            settings = GatewaySettings.model_validate(user_config)
+            # First what may fail: for memory.
+            self.scoring.configure(settings.cache)
+        except (ValidationError, MemoryError) as error:
+            message = explain(error, "user_config") if isinstance(error, ValidationError) else _NO_MEMORY
             if self._settings is None:
                 raise ValueError(message) from None
             logger.error("settings refused, the old ones stay in force:\n%s", message)
             self.settings_error = message
+            return
+        self.recalling.configure(settings.cache)
+        self._settings, self.settings_error = settings, None
 
     def enter(self, kind: Kind = "calls") -> None:
         """Counts a call in; raises ApiError when too many of its kind are under way. Every call that entered must
@@ -242,7 +251,7 @@ class Service:
             documents,
             recall_scores,
             score=self._scorer(call),
-            fallback_scores=lambda: asyncio.to_thread(_bounded_bm25, query, documents),
+            fallback_scores=lambda: self._lexical_scores(query, documents, call.deadline),
             skip=_skipper(call, query),
             deadline=call.deadline,
         )
@@ -252,6 +261,15 @@ class Service:
                     "request %s degraded: %s: %s", call.request_id, report.failure.reason, report.failure.detail
                 )
         return ranking
+
+    async def _lexical_scores(self, query: str, documents: list[str], deadline: Deadline) -> list[float]:
+        """BM25's; 0 for all, which leaves them in the caller's order, where there is no time for that."""
+        scoring = asyncio.get_running_loop().run_in_executor(self._lexical, _bounded_bm25, query, documents)
+        try:
+            async with asyncio.timeout(max(_LEXICAL_LEAST_S, deadline.remaining_s())):
+                return await scoring
+        except TimeoutError:
+            return [-_BELOW if is_blank(document) else 0.0 for document in documents]
 
     def _scorer(self, call: Call) -> Scorer:
         async def score(stage: Stage, query: str, documents: list[str], timeout_s: float) -> ScoreResult:

@@ -35,14 +35,18 @@ Instruction = Annotated[
     str | None,
     Field(
         default=None,
-        min_length=1,
         max_length=4096,
         description="What counts as relevant, for models that read instructions; best written in English.",
     ),
+    # Forms send what was left empty.
+    AfterValidator(lambda instruction: instruction or None),
 ]
 ModelName = Annotated[
     str | None, Field(default=None, description="A route, a pipeline or a variant; see GET /v1/models.")
 ]
+
+# The fields of the bodies below that hold a text for each pair.
+TEXTS = ("documents", "texts", "text_1", "text_2", "queries", "items", "data_1", "data_2")
 
 TruncationSide = Annotated[
     Literal["right"] | None, Field(default=None, description="Of vLLM's two sides the one that is cut here.")

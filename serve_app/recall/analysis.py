@@ -8,6 +8,7 @@ Python only prepares what tantivy's word splitting gets wrong, and leaves plain 
   and single characters for queries of one character: `降噪耳机` is searched as `降噪 噪耳 耳机`.
 - `WH-1000XM4` is `wh`, `1000xm4` and also `wh1000xm4`; queries join neighbours (`wh 1000xm4`) and split words
   where letters meet digits (`iphone15`) too. `10,000mAh` is also `10000mah`.
+- `1.5L` is also `1.5` and `1.5l` in one piece each, and searched as such: not as `1`, `5l` or `15l`.
 - `C++` and `C#` are the words `cplusplus` and `csharp`; `getUserName` is also `get`, `user` and `name`.
 
 All of it is added as words to the text that is indexed, so that one BM25 statistic per field serves all languages.
@@ -21,7 +22,7 @@ import regex
 import tantivy
 
 # Goes into every index; an index of another version is refused, because its terms would not be found.
-VERSION = 1
+VERSION = 2
 
 # A longer query is cut here: its terms are bounded anyway (`tantivy_index.MAX_TERMS`).
 MAX_QUERY_CHARS = 8_192
@@ -42,8 +43,7 @@ _STOP_WORDS = (
 )
 # Not searched when the query has other words. They are indexed, so `The Who` can be found.
 _QUESTION_WORDS = (
-    "am did do does had has have how i me my our than us was we were what when where which who whom whose why you "
-    "your"
+    "did do does had has have how i me my our than was we were what when where which who whom whose why you your"
 )
 
 _UNSPACED = (
@@ -60,15 +60,23 @@ _MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
 # Normalisation sorts runs of combining marks in quadratic time; no language has such runs.
 _LONG_MARKS = regex.compile(r"(\p{M}{16})\p{M}+")
 _HYPHENS = str.maketrans("‐‑‒–−", "-----")
+# Soft hyphen, zero-width space, word joiner, byte order mark: web pages leave them inside words.
+_NOTHING = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 
 _HUMP = re.compile(r"[a-z][A-Z]")
 # Tries each run of letters once, not from each of its letters: texts may have runs of a megabyte.
 _HYPHENATED = re.compile(r"(?<![^\W_])[^\W_]++(?:[-_][^\W_]++)+")
 _THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
+# Not thousands, versions of three numbers or dates. The point becomes a letter, which tantivy keeps in a word.
+_DECIMAL = re.compile(
+    r"(?<![0-9.,])([0-9]{1,6})(?:\.(?=[0-9]{1,6}(?![0-9]))|,(?=[0-9]{1,2}(?![0-9])))([0-9]++)(?![.,][0-9])"
+)
+_POINT = "\u01c0"
 _C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
 _CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
 _HUMPS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+")
-_LETTERS_OR_DIGITS = re.compile(r"\d+|[^\W\d_]+")
+_LETTERS_OR_DIGITS = re.compile(rf"\d+(?:{_POINT}\d+)?|[^\W\d_{_POINT}]+")
+_ACRONYM = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2,3}(?![A-Za-z0-9])")
 _DIGIT = re.compile(r"\d")
 
 _MAX_JOINED = 6  # parts of a hyphenated word that are joined; longer chains are dates, paths and UUIDs
@@ -95,13 +103,21 @@ class QueryAnalyzer:
         """Distinct terms with their weights, in the query's order. Empty when it has no letters or digits."""
         # Folding makes up to eighteen characters of one.
         folded = fold(query[:MAX_QUERY_CHARS])[:MAX_QUERY_CHARS]
+        folded = _DECIMAL.sub(rf"\1{_POINT}\2", folded)
         words = _with_codes(_separated(folded, singles=False))
         # Only stop words: better searched in the titles than not at all.
         content = self._content.analyze(words) or self._all.analyze(words)
         terms = dict.fromkeys(content, 1.0)
         joined, parts = _spellings(folded, lambda word: bool(self._content.analyze(word)))
         characters = _HAN.findall(folded)
-        for spelling, weight in ((joined, 1.0), (parts, PART_WEIGHT), (characters, CHARACTER_WEIGHT)):
+        # `IT support` is no question of what it is; all in capitals says nothing.
+        acronyms = [] if folded.isascii() and folded.isupper() else _ACRONYM.findall(folded)
+        for spelling, weight in (
+            (acronyms, 1.0),
+            (joined, 1.0),
+            (parts, PART_WEIGHT),
+            (characters, CHARACTER_WEIGHT),
+        ):
             for term in self._all.analyze(" ".join(spelling)):
                 terms.setdefault(term, weight)
         return terms
@@ -118,7 +134,7 @@ def fold(text: str) -> str:
     """NFKC without diacritics. Case stays, because it shows where words of an identifier begin."""
     if text.isascii():
         return text
-    plain = _MARKS.sub("", unicodedata.normalize("NFKD", _LONG_MARKS.sub(r"\1", text)))
+    plain = _MARKS.sub("", unicodedata.normalize("NFKD", _LONG_MARKS.sub(r"\1", text.translate(_NOTHING))))
     return unicodedata.normalize("NFKC", plain).replace("ß", "ss").replace("ς", "σ").translate(_HYPHENS)
 
 
@@ -162,6 +178,11 @@ def _with_codes(text: str) -> str:
                     added += _joined(hyphenated.replace("_", "-").split("-"))
             if "," in word[:-1]:
                 added += [number.replace(",", "") for number in _THOUSANDS.findall(word)]
+    if _DECIMAL.search(text):
+        for word in text.split():
+            if _DECIMAL.search(word):
+                whole = _DECIMAL.sub(rf"\1{_POINT}\2", word)
+                added += [whole, *(part for part in _LETTERS_OR_DIGITS.findall(whole) if _POINT in part)]
     if "+" in text or "#" in text:
         text = _C_FAMILY.sub(lambda c: c[1] + ("sharp" if c[2] == "#" else "plusplus"), text)
     return f"{text} {' '.join(added)}" if added else text
@@ -220,3 +241,7 @@ def _parts(words: Iterable[str]) -> Iterator[str]:
                 is_bare_number = len(pieces) > 2 and part.isdigit()
                 if j - i < len(pieces) and len(part) > 1 and not is_bare_number:
                     yield part
+        for piece in pieces:
+            # `bluetooth 5.3` also finds `bluetooth 5`.
+            if _POINT in piece:
+                yield piece.partition(_POINT)[0]

@@ -1,7 +1,9 @@
 """Builds an index folder from a catalogue: whole, or not at all (`manifest.py` shows the folder)."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from array import array
@@ -24,11 +26,16 @@ from serve_app.recall.tantivy_index import new_document, new_index
 # Called about once a MiB of input with: bytes read, bytes in all, documents so far.
 Progress = Callable[[int, int, int], None]
 
-_BUILD_PREFIX = "build-"
+# Nothing else is ever removed.
+_BUILD = re.compile(r"build-\d{8}T\d{6}-\d+-[0-9a-f]{6}")
 _LOCK = ".lock"
 _OWN = (MANIFEST, f".{MANIFEST}", _LOCK)
 _HEAP_BYTES_PER_THREAD = 256 * 2**20
 _MAX_FIELDS = 256
+
+
+class _BusyError(BuildError):
+    """Another build has the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +61,22 @@ def build_index(
     started = time.monotonic()
     catalogue = Catalogue(Path(input))
     index = Path(index)
-    is_new = not index.exists()
-    _refuse_others(index)
+    with _writing(index):
+        is_new = not index.exists()
+        _refuse_others(index)
     try:
         with _writing(index), _locked(index):
             _remove_builds(index, keep=_served(index))
-            build = index / f"{_BUILD_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{os.urandom(3).hex()}"
+            build = index / f"build-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{os.urandom(3).hex()}"
             try:
-                documents, empty, fields = _write(catalogue, build, threads, progress)
+                documents, empty, fields, sha256 = _write(catalogue, build, threads, progress)
                 _let_others_read(build)
                 _fsync_all(build)
                 Manifest(
                     build=build.name,
                     documents=documents,
+                    documents_bytes=(build / DOCUMENTS).stat().st_size,
+                    documents_sha256=sha256,
                     analysis=analysis.VERSION,
                     built_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     source=Path(input).name,
@@ -78,8 +88,9 @@ def build_index(
                     shutil.rmtree(build, ignore_errors=True)
                 raise
             _remove_builds(index, keep=build.name)
-    except BaseException:
-        if is_new:
+    except BaseException as error:
+        # Another build's, which came first, is not ours to unlock.
+        if is_new and not isinstance(error, _BusyError):
             _remove_if_empty(index)
         raise
     size = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
@@ -88,21 +99,23 @@ def build_index(
 
 def _write(
     catalogue: Catalogue, build: Path, threads: int, progress: Progress | None
-) -> tuple[int, int, tuple[str, ...]]:
+) -> tuple[int, int, tuple[str, ...], str]:
     (build / BM25).mkdir(parents=True)
     index = new_index(build / BM25)
     writer = index.writer(_HEAP_BYTES_PER_THREAD * threads, threads)
     ids = _Ids(catalogue)
     fields: dict[str, Any] = {}
     offset = reported = empty = 0
+    content = hashlib.sha256()
     try:
         with open(build / DOCUMENTS, "xb", buffering=2**20) as documents:
             for row in catalogue:
                 ids.add(row)
-                documents.write(row.source)
-                documents.write(b"\n")
+                line = row.source + b"\n"
+                documents.write(line)
+                content.update(line)
                 writer.add_document(new_document(row.title, row.text, offset))
-                offset += len(row.source) + 1
+                offset += len(line)
                 empty += row.is_empty
                 if len(fields) < _MAX_FIELDS:
                     fields.update(row.names)
@@ -120,7 +133,7 @@ def _write(
     writer.wait_merging_threads()
     if progress:
         progress(catalogue.total_bytes, catalogue.total_bytes, len(ids))
-    return len(ids), empty, tuple(fields)[:_MAX_FIELDS]
+    return len(ids), empty, tuple(fields)[:_MAX_FIELDS], content.hexdigest()
 
 
 class _Ids:
@@ -188,7 +201,7 @@ def _locked(index: Path) -> Iterator[None]:
         with lock:
             yield
     except filelock.Timeout:
-        raise BuildError(f"another build is writing into {index.absolute()}; wait for it or stop it") from None
+        raise _BusyError(f"another build is writing into {index.absolute()}; wait for it or stop it") from None
 
 
 def _refuse_others(index: Path) -> None:
@@ -197,7 +210,7 @@ def _refuse_others(index: Path) -> None:
         return
     strange = [
         entry.name for entry in index.iterdir()
-        if entry.name not in _OWN and not entry.name.startswith(_BUILD_PREFIX)
+        if entry.name not in _OWN and not _BUILD.fullmatch(entry.name)
     ]  # fmt: skip
     if (index / MANIFEST).exists() and not _served(index):
         strange.append(MANIFEST)
@@ -219,8 +232,8 @@ def _served(index: Path) -> str | None:
 
 
 def _remove_builds(index: Path, keep: str | None) -> None:
-    for entry in index.glob(f"{_BUILD_PREFIX}*"):
-        if entry.name != keep:
+    for entry in index.iterdir():
+        if entry.name != keep and _BUILD.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -24,11 +24,14 @@ BM25 = "bm25"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`build` is the sub-folder that is served, `source` the file's or folder's name that was indexed,
-    `fields` the top-level names seen in its rows (the first 256), `built_at` UTC in ISO 8601."""
+    """`build` is the sub-folder that is served, `documents_bytes` and `documents_sha256` are of its documents
+    file, `source` is the file's or folder's name that was indexed, `fields` are the top-level names seen in its
+    rows (the first 256), `built_at` is UTC in ISO 8601."""
 
     build: str
     documents: int
+    documents_bytes: int
+    documents_sha256: str
     analysis: int
     built_at: str
     source: str

@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pydantic_core
 
@@ -41,8 +41,11 @@ class Catalogue:
     """The rows of a file or BEIR folder. Iterating reads it from the start; `read_bytes` says how far it is."""
 
     def __init__(self, path: Path) -> None:
-        self.path = _file(path)
-        self.total_bytes = self.path.stat().st_size
+        try:
+            self.path = _file(path)
+            self.total_bytes = self.path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path} can't be read: {error.strerror}") from None
         self.read_bytes = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -130,12 +133,24 @@ class Catalogue:
             raise self.error(line, f"neither title nor text; {_found(found)}")
         return Row(line, id, title, text, source, found)
 
+    def _opened(self) -> BinaryIO:
+        try:
+            return open(self.path, "rb")
+        except OSError as error:
+            raise InputError(f"{self.path} can't be read: {error.strerror}") from None
+
+    def _block(self, file: BinaryIO) -> bytes:
+        try:
+            return file.read(_BLOCK_BYTES)
+        except OSError as error:
+            raise InputError(f"{self.path} can't be read: {error.strerror}") from None
+
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Lines with their numbers, read in blocks, so that a file without line ends doesn't fill the memory."""
         number, rest = 0, b""
         self.read_bytes = 0
-        with open(self.path, "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
+        with self._opened() as file:
+            while block := self._block(file):
                 if not self.read_bytes:
                     block = block.removeprefix(b"\xef\xbb\xbf")
                 self.read_bytes += len(block)

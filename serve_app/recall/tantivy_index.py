@@ -21,6 +21,8 @@ from serve_app.recall.messages import Candidate
 
 # Of a longer query the rarest terms are searched: they decide the ranking, the others the time.
 MAX_TERMS = 64
+# Where the last of k scores is another's too, so many times k are looked at for the catalogue's first.
+_TIES = 16
 
 
 class TantivyIndex:
@@ -49,11 +51,15 @@ class TantivyIndex:
         k = min(k, self._searcher.num_docs)
         if not weights or k < 1:
             return []
-        hits = self._searcher.search(self._query(weights), k, count=False).hits
+        asked = self._query(weights)
+        hits = self._searcher.search(asked, k + 1, count=False).hits
+        if len(hits) > k and hits[k][0] == hits[k - 1][0]:
+            # tantivy chooses among equal scores at the cut by segment, and segments differ from build to build.
+            hits = self._searcher.search(asked, _TIES * k, count=False).hits
         offsets = self._searcher.fast_field_values("offset", [address for _, address in hits])
         # tantivy orders equal scores by segment; the catalogue's order doesn't depend on how segments were merged.
         ranked = sorted((-score, offset) for (score, _), offset in zip(hits, offsets, strict=True))
-        return [self._candidate(-score, offset) for score, offset in ranked]
+        return [self._candidate(-score, offset) for score, offset in ranked[:k]]
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -84,7 +90,8 @@ class TantivyIndex:
         self._schema = index.schema
         self._searcher = index.searcher()
         decides = [
-            self._manifest.build,
+            # The same on every machine that built it by itself, and after a build of the same catalogue.
+            self._manifest.documents_sha256,
             self._manifest.analysis,
             self._boosts,
             __version__,
@@ -92,11 +99,15 @@ class TantivyIndex:
         ]
         self.fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
         self._bytes = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
-        if self._searcher.num_docs != self._manifest.documents:
-            raise OpenError(
-                f"{build.absolute()} is damaged: it has {self._searcher.num_docs:,} documents, but the manifest "
-                f"says {self._manifest.documents:,}; build the index again"
-            )
+        for found, expected, what in (
+            (self._searcher.num_docs, self._manifest.documents, "documents"),
+            (len(self._documents), self._manifest.documents_bytes, f"bytes of {DOCUMENTS}"),
+        ):
+            if found != expected:
+                raise OpenError(
+                    f"{build.absolute()} is damaged: it has {found:,} {what}, but the manifest says "
+                    f"{expected:,}; build or copy the index again"
+                )
 
     def _query(self, weights: dict[str, float]) -> tantivy.Query:
         """One flat OR of term queries: tantivy skips documents that can't reach the top only in this form."""

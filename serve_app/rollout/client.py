@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import httpx
 
-from serve_app.access import ADMIN_KEY, bearer
+from serve_app.access import ADMIN_KEY, bearer, is_elsewhere
 
 # Longer than the gateway waits for a controller.
 _TIMEOUT_S = 20.0
@@ -42,7 +42,13 @@ class Control:
             )
         self.url = url.rstrip("/")
         headers = {**key, "X-Operator": _login()}
-        self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_S, transport=transport)
+        try:
+            self._http = httpx.Client(
+                headers=headers, timeout=_TIMEOUT_S, transport=transport, trust_env=is_elsewhere(url)
+            )
+        # ImportError: a proxy of the environment for which httpx lacks something.
+        except (ValueError, ImportError) as error:
+            raise CommandError(f"can't call {url!r}: {error}") from None
 
     def start(self, document: Body) -> Body:
         return self._ask("state", "POST", "", document)

@@ -120,7 +120,10 @@ def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
     batches: dict[str | None, Batch] = {}
     rows = csv.reader(io.StringIO(text))
     try:
-        next(rows)
+        for row in rows:
+            # The header, after blank lines.
+            if any(map(str.strip, row)):
+                break
         for row in rows:
             if not row:
                 continue

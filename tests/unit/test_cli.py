@@ -1,5 +1,6 @@
 """What the commands say when what answers isn't the gateway, or can't be called."""
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,27 @@ def test_a_url_that_cannot_be_called_is_one_clear_line(url: str, capsys: pytest.
     error = capsys.readouterr().err
     assert url in error
     assert error.count("\n") == 1
+
+
+def test_a_proxy_is_not_asked_for_this_machine_and_one_that_lacks_support_is_one_clear_line(
+    other: HTTPServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    other.answers = {"a": json.dumps([401, '{"message": "reached"}'])}  # type: ignore[attr-defined]
+    assert main(["search", "lamp", "--url", f"http://127.0.0.1:{other.server_port}/a"]) == 1
+    assert capsys.readouterr().err == "serve-app: 401: reached\n"
+    assert main(["search", "lamp", "--url", "http://192.0.2.1"]) == 1
+    error = capsys.readouterr().err
+    assert "socks" in error.lower()
+    assert error.count("\n") == 1
+
+
+def test_lines_that_are_not_utf8_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("lamp\n耳机\n".encode("gbk"))))
+    assert main(["rerank", "lamp", "--url", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.startswith("serve-app: standard input, line 2: not UTF-8")
 
 
 def test_a_key_that_no_header_carries_is_named(

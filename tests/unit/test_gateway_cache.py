@@ -658,6 +658,41 @@ def test_a_wrong_redis_is_refused_without_showing_its_password(url):
         assert "secret" not in json.dumps(gateway.service.settings_error)
 
 
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"password": "secret"},
+        {"redis": {"host": "cache", "password": "secret"}},
+        {"redis_password": "secret"},
+        {"redis_url": "redis://:pa'secret@h"},
+        {"redis": ["redis://:secret@h"]},
+    ],
+)
+def test_a_password_in_a_wrong_place_is_not_shown(cache):
+    with pytest.raises(ValueError, match=r"user_config\.cache") as error:
+        Gateway(settings={**SETTINGS, "cache": cache})
+    assert "secret" not in str(error.value)
+
+
+def test_a_cache_that_memory_has_no_room_for_leaves_the_old_settings_in_force(monkeypatch):
+    def table(max_bytes):
+        if max_bytes == 2**40:
+            raise MemoryError
+        return ScoreTable(max_bytes)
+
+    monkeypatch.setattr("serve_app.gateway.scoring.ScoreTable", table)
+    gateway = Gateway(settings={**SETTINGS, "cache": {"max_bytes": MIB}})
+    for _ in range(2):
+        gateway.service.configure({**SETTINGS, "cache": {"max_bytes": 2**40}})
+        assert "cache.max_bytes" in gateway.service.settings_error
+        assert gateway.service.settings.cache.max_bytes == MIB
+        assert gateway.service.scoring.stats()["size_bytes"] <= MIB
+    with pytest.raises(ValueError, match=r"cache\.max_bytes"):
+        Gateway(settings={**SETTINGS, "cache": {"max_bytes": 2**40}})
+    gateway.service.configure({**SETTINGS, "cache": {"max_bytes": 2 * MIB}})
+    assert gateway.service.settings_error is None
+
+
 def test_a_password_is_not_shown_with_the_settings():
     url = "redis://:secret@127.0.0.1:6379/3"
     loaded = GatewaySettings.model_validate({**SETTINGS, "cache": {"redis": url}})

@@ -5,8 +5,10 @@ import json
 import re
 import time
 
+import httpx
 import pytest
 
+from serve_app.gateway import service
 from serve_app.gateway.app import create_app
 from serve_app.gateway.errors import CODES
 from serve_app.gateway.pipeline import StageFailure
@@ -407,3 +409,50 @@ def test_refused_settings_leave_the_old_ones_in_force():
     gateway.service.configure({**SETTINGS, "routes": {"default": {"weights": {"nope": 1}}}})
     assert gateway.post("/v1/search", {"query": "q"}).status_code == 200
     assert "nope" in gateway.request("GET", "/readyz").json()["settings_error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank", "/v1/score"])
+def test_a_list_that_is_too_long_is_refused_before_its_texts_are_looked_at(path):
+    name = "text_2" if path == "/v1/score" else "documents"
+    body = {"query": "q", "text_1": "q", name: [1] * 5000}
+    answer = Gateway().post(path, body)
+    assert answer.status_code == 400
+    assert answer.json()["message"] == f"{name} has 5000 documents; limits.max_documents is 20"
+
+
+def test_an_empty_instruction_is_none():
+    gateway = Gateway()
+    body = {
+        "query": "q",
+        "documents": DOCUMENTS[:2],
+        "instruction": "",
+        "chat_template_kwargs": {"instruction": ""},
+    }
+    assert gateway.post("/rerank", body).status_code == 200
+    assert gateway.fleet.asked[0][1].instruction is None
+
+
+def test_bm25_in_place_of_a_model_keeps_to_the_deadline(monkeypatch):
+    begun = []
+
+    def slow(query, documents):
+        begun.append(query)
+        time.sleep(1)
+        return [0.5 for _ in documents]
+
+    monkeypatch.setattr(service, "_bounded_bm25", slow)
+    gateway = failing(StageFailure("unavailable", "small is down", 5))
+
+    async def calls():
+        transport = httpx.ASGITransport(app=gateway.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            body = {"query": "q", "documents": DOCUMENTS[:3], "model": "one", "timeout_ms": 100}
+            return await asyncio.gather(*(client.post("/v1/rerank", json=body) for _ in range(8)))
+
+    answers = asyncio.run(calls())
+    assert [answer.status_code for answer in answers] == [200] * 8
+    for answer in answers:
+        assert [result["index"] for result in answer.json()["results"]] == [0, 1, 2]
+        assert answer.json()["meta"]["degraded"]
+    # What nobody waits for any more isn't begun.
+    assert len(begun) == 1

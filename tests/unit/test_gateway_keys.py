@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,24 @@ def test_a_bad_list_is_refused_and_no_key_is_told(text, says):
     with pytest.raises(KeysError, match=says) as refused:
         Keys({API_KEYS: text})
     assert "0123" not in str(refused.value)
+
+
+def test_a_list_may_have_blanks():
+    assert Keys({API_KEYS: f" shop : {SHOP} ,"}).check(bearer(SHOP)).name == "shop"
+
+
+def test_a_file_that_becomes_readable_is_read(keys_file, monkeypatch):
+    known = keys(keys_file)
+    replace(keys_file, f"shop: {hashed('a new key of the shop')}\n")
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        assert known.refresh()
+    assert "denied" in known.problem
+    # Nothing else of the file changes by it.
+    keys_file.chmod(0o640)
+    assert known.refresh()
+    assert known.problem is None
+    assert known.check(bearer("a new key of the shop")).name == "shop"
 
 
 def test_names_are_unique(keys_file):

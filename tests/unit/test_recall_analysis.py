@@ -77,6 +77,50 @@ def test_letters_and_digits_are_searched_apart_at_less_weight() -> None:
     assert QUERY.terms("128gb") == {"128gb": 1.0, "128": 0.5, "gb": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("query", "document"),
+    [
+        ("1.5L", "Aqua 1.5L Water Bottle"),
+        ("1.5 l", "Aqua 1.5L"),
+        ("1.5L", "Wasser 1,5 L"),
+        ("usb 3.0", "USB3.0 hub"),
+        ("usb3.0", "USB 3.0 hub"),
+        ("bluetooth 5.3", "Bluetooth 5.3"),
+        ("bluetooth 5", "Bluetooth 5.3"),
+        ("3.5mm", "3.5 mm jack"),
+        ("1.5L可乐", "可乐1.5L装"),
+    ],
+)
+def test_a_decimal_is_one_number(query: str, document: str) -> None:
+    assert shares_a_term(query, document, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("query", "document"),
+    [("1.5L", "15L"), ("1.5L", "5L"), ("3.5mm", "35mm"), ("usb 3.0", "30"), ("1.5", "15"), ("10.5", "105")],
+)
+def test_a_decimal_is_no_other_number(query: str, document: str) -> None:
+    assert not shares_a_term(query, document)
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "24.12.2025", "1,2,3", "1,234,567.50"])
+def test_versions_dates_and_lists_are_no_decimals(text: str) -> None:
+    assert not any("\u01c0" in term for term in document_terms(text) | QUERY.terms(text).keys())
+
+
+@pytest.mark.parametrize(
+    ("query", "term"),
+    [("US plug adapter", "us"), ("us plug", "us"), ("AM FM radio", "am"), ("IT support", "it"), ("IT设备", "it")],
+)
+def test_a_name_that_looks_like_a_stop_word_is_searched(query: str, term: str) -> None:
+    assert QUERY.terms(query)[term] == 1
+
+
+def test_characters_of_no_width_split_no_word() -> None:
+    assert shares_a_term("kopfhörer", "Kopf\u00adhörer Studio")
+    assert QUERY.terms("降\u200b噪耳机") == QUERY.terms("降噪耳机")
+
+
 def test_bare_numbers_of_a_longer_code_are_not_searched() -> None:
     assert not {"1000", "4"} & QUERY.terms("wh1000xm4").keys()
 

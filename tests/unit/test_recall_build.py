@@ -249,6 +249,38 @@ def test_folder_with_other_things_is_not_filled(file: Callable[..., Path], index
     assert os.listdir(index) == [name]
 
 
+def test_folders_that_only_look_like_builds_are_not_removed(file: Callable[..., Path], index: Path) -> None:
+    (index / "build-101").mkdir(parents=True)
+    with pytest.raises(BuildError, match=r"holds other things \(build-101\)"):
+        build_index(file(GOOD), index)
+    assert os.listdir(index) == ["build-101"]
+
+
+def test_an_input_that_cannot_be_read_is_not_called_a_failed_write(
+    file: Callable[..., Path], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = file(GOOD)
+    monkeypatch.setattr(reader, "open", closed, raising=False)
+    with pytest.raises(InputError, match=r"catalogue\.jsonl can't be read: Permission denied"):
+        build_index(path, index)
+    assert not index.exists()
+
+
+def test_a_build_that_is_refused_leaves_the_other_its_lock(
+    file: Callable[..., Path], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found no folder, and the other was the first to make it."""
+    index.mkdir(parents=True)
+    with filelock.FileLock(index / ".lock"):
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+        with pytest.raises(BuildError, match="another build is writing into"):
+            build_index(file(GOOD), index)
+        assert os.listdir(index) == [".lock"]
+
+
 def test_index_path_that_is_a_file_is_refused(file: Callable[..., Path]) -> None:
     with pytest.raises(BuildError, match="is a file; an index is a folder"):
         build_index(file(GOOD), file("x", "index"))

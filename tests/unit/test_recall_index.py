@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.recall import analysis
 from serve_app.recall.builder import build_index
 from serve_app.recall.errors import OpenError
 from serve_app.recall.messages import Candidate, RecallResult
@@ -108,6 +109,13 @@ def test_equal_scores_keep_the_catalogues_order(build: Callable[..., TantivyInde
     assert ids(index, "words", 20) == [f"d{i}" for i in range(20)]
 
 
+def test_which_of_equal_scores_are_found_depends_on_the_catalogue_alone(
+    build: Callable[..., TantivyIndex],
+) -> None:
+    index = build(rows([(f"d{i}", "phone case", "") for i in range(4000)]))
+    assert ids(index, "phone case", 300) == [f"d{i}" for i in range(300)]
+
+
 def test_boosts_decide_between_title_and_text(build: Callable[..., TantivyIndex]) -> None:
     documents = rows([("title", "lamp", "for the desk"), ("text", "for the desk", "lamp")])
     assert ids(build(documents, title_boost=5.0), "lamp") == ["title", "text"]
@@ -150,7 +158,7 @@ def test_stats_describe_the_index(index: TantivyIndex) -> None:
     stats = json.loads(json.dumps(index.stats()))
     assert stats["documents"] == len(CATALOGUE)
     assert stats["bytes"] > 0
-    assert stats["analysis"] == 1
+    assert stats["analysis"] == analysis.VERSION
     assert stats["fields"] == ["id", "title", "text"]
 
 
@@ -189,7 +197,7 @@ def test_every_document_is_found_by_its_own_title(build: Callable[..., TantivyIn
         (lambda index: _manifest(index, "{}"), "manifest.json is of something else"),
         (lambda index: _manifest(index, "{"), "can't be read"),
         (lambda index: _manifest(index, '{"format": 1, "analysis": 999}'), "analysis 999, but this version reads"),
-        (lambda index: _manifest(index, '{"format": 1, "analysis": 1}'), "is damaged"),
+        (lambda index: _manifest(index, '{"format": 1, "analysis": 2}'), "is damaged"),
     ],
 )  # fmt: skip
 def test_folder_without_a_usable_index_is_refused(
@@ -207,6 +215,24 @@ def test_damaged_build_is_refused(tmp_path: Path) -> None:
         file.write_text("{")
     with pytest.raises(OpenError, match="build the index again"):
         TantivyIndex(tmp_path / "index")
+
+
+def test_a_build_that_was_copied_in_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows(CATALOGUE))
+    build_index(tmp_path / "a.jsonl", tmp_path / "index")
+    (documents,) = tmp_path.glob("index/build-*/documents.jsonl")
+    os.truncate(documents, documents.stat().st_size // 2)
+    with pytest.raises(OpenError, match=r"is damaged: it has \d+ bytes of documents\.jsonl"):
+        TantivyIndex(tmp_path / "index")
+
+
+def test_builds_of_one_catalogue_have_one_fingerprint(tmp_path: Path) -> None:
+    found = []
+    for folder, catalogue in (("a", CATALOGUE), ("b", CATALOGUE), ("c", CATALOGUE[1:])):
+        (tmp_path / f"{folder}.jsonl").write_text(rows(catalogue))
+        build_index(tmp_path / f"{folder}.jsonl", tmp_path / folder)
+        found.append(TantivyIndex(tmp_path / folder).fingerprint)
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_build_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_documents_come_as_csv_in_any_order_of_columns():
     assert batches[0].query == "q"
 
 
+def test_blank_lines_before_a_header_are_none():
+    (batch,) = read("\n \r\nid,text\n1,red shoes\n")
+    assert batch.documents == [Document("1", "red shoes")]
+
+
 def test_a_sentence_with_a_comma_is_no_csv():
     assert [d.text for d in read("red, green and text\nx")[0].documents] == ["red, green and text", "x"]
 
