@@ -71,6 +71,7 @@ _THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
 _DECIMAL = re.compile(
     r"(?<![0-9.,])([0-9]{1,6})(?:\.(?=[0-9]{1,6}(?![0-9]))|,(?=[0-9]{1,2}(?![0-9])))([0-9]++)(?![.,][0-9])"
 )
+_NEARLY_DECIMAL = re.compile(r"[0-9][.,][0-9]")
 _POINT = "\u01c0"
 _C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
 _CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
@@ -80,6 +81,7 @@ _ACRONYM = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2,3}(?![A-Za-z0-9])")
 _DIGIT = re.compile(r"\d")
 
 _MAX_JOINED = 6  # parts of a hyphenated word that are joined; longer chains are dates, paths and UUIDs
+_MAX_BEFORE = 20  # letters before a decimal number that are of its word: `usb3.0`
 _MAX_NEIGHBOURS = 4  # words of a query that are joined: `wh 1000 xm 4`
 _MAX_CODES = 16  # words of a query that are joined or split; the rest of a long query is searched as it is
 
@@ -178,11 +180,15 @@ def _with_codes(text: str) -> str:
                     added += _joined(hyphenated.replace("_", "-").split("-"))
             if "," in word[:-1]:
                 added += [number.replace(",", "") for number in _THOUSANDS.findall(word)]
-    if _DECIMAL.search(text):
-        for word in text.split():
-            if _DECIMAL.search(word):
-                whole = _DECIMAL.sub(rf"\1{_POINT}\2", word)
-                added += [whole, *(part for part in _LETTERS_OR_DIGITS.findall(whole) if _POINT in part)]
+    if _NEARLY_DECIMAL.search(text):
+        for decimal in _DECIMAL.finditer(text):
+            number, unit = f"{decimal[1]}{_POINT}{decimal[2]}", _WORD.match(text, decimal.end())
+            start = decimal.start()
+            while start and text[start - 1].isalpha() and decimal.start() - start < _MAX_BEFORE:
+                start -= 1
+            added.append(number)
+            if unit or start < decimal.start():
+                added.append(f"{text[start : decimal.start()]}{number}{unit[0] if unit else ''}")
     if "+" in text or "#" in text:
         text = _C_FAMILY.sub(lambda c: c[1] + ("sharp" if c[2] == "#" else "plusplus"), text)
     return f"{text} {' '.join(added)}" if added else text

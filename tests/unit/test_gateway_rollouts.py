@@ -34,7 +34,7 @@ from serve_app.status import AppStatus
 from tests.processes.rollout_process import until
 from tests.unit.gateway_double import DOCUMENTS, FleetDouble
 
-TIMEOUT_MS = 600
+TIMEOUT_MS = 2000
 SETTINGS: dict[str, Any] = {
     "recall": "catalogue",
     "rollout": "rollouts",
