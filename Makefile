@@ -31,9 +31,10 @@ setup-dev:
 setup-clients: setup-dev
 	scripts/setup-clients.sh $(BIN)/python
 
-# Rebuilt when the catalogue is newer.
+# Rebuilt when the catalogue is newer, or how its text becomes terms.
 index: setup
-	if [ ! -d $(INDEX) ] || [ examples/catalog.jsonl -nt $(INDEX)/manifest.json ]; then \
+	if [ ! -d $(INDEX) ] || [ examples/catalog.jsonl -nt $(INDEX)/manifest.json ] || \
+	   [ serve_app/recall/analysis.py -nt $(INDEX)/manifest.json ]; then \
 	  $(BIN)/serve-app index build --input examples/catalog.jsonl --index $(INDEX); \
 	fi
 

@@ -1,5 +1,6 @@
 """The manifests are valid, deploy what configs/ says, and keep what cluster/README.md promises."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -365,3 +366,19 @@ def _selects(selector: Object, pod: Object) -> bool:
 def _labelled(pod: Object, node_type: str) -> Object:
     """With the label that the operator adds."""
     return {**pod["metadata"]["labels"], "ray.io/node-type": node_type}
+
+
+def test_what_needs_no_gpu_stays_on_the_group_without_one(manifests: Manifests) -> None:
+    """Serve packs, and would move gateways beside a GPU's replicas."""
+    given = {group["groupName"]: group["rayStartParams"].get("resources") for group in manifests.workers}
+    # As KubeRay hands it to a shell: JSON between quotes of its own.
+    assert json.loads(json.loads(given.pop("cpu"))) == {"front": 1000}
+    assert not any(given.values())
+    asked = {
+        (application["name"], deployment["name"]): deployment.get("ray_actor_options", {}).get("resources")
+        for application in manifests.config["applications"]
+        for deployment in application.get("deployments", [])
+    }
+    for name in (("gateway", "Gateway"), ("catalogue", "Recall"), ("rollouts", "Rollout")):
+        assert asked.pop(name) == {"front": 0.01}
+    assert not any(asked.values())
