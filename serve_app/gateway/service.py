@@ -41,8 +41,8 @@ Kind = Literal["calls", "operators", "events", "fleet"]
 _BESIDE_CALLS = 32
 # Queries of one score call that are under way at once.
 _QUERIES_AT_ONCE = 8
-# What BM25 in place of a model is waited for at least, also where the deadline is near: what the longest call takes
-# (lexical.py), unless others are before it.
+# What BM25 in place of a model is waited for at least, also where the deadline is near: what the longest call
+# takes (lexical.py), unless others are before it.
 _LEXICAL_LEAST_S = 0.25
 _NO_MEMORY = "user_config.cache.max_bytes: this machine hasn't so much memory"
 # Engines take lower numbers first.
