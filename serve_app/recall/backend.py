@@ -10,10 +10,12 @@ class Backend(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names all that decides which candidates a query has: it changes with the catalogue."""
+        """Names all that decides which candidates a query has, but among equals at the cut: it changes with the
+        catalogue."""
 
     def search(self, query: str, k: int) -> list[Candidate]:
-        """At most `k` candidates, best first, equal scores in the catalogue's order. `query` is plain text."""
+        """At most `k` candidates, best first, equal scores in the catalogue's order; which of those that tie for the
+        last places are found may differ from build to build. `query` is plain text."""
 
     def stats(self) -> dict[str, Any]:
         """`documents`, `bytes` (on disk) and what else the engine knows of its index; JSON values."""

@@ -109,13 +109,6 @@ def test_equal_scores_keep_the_catalogues_order(build: Callable[..., TantivyInde
     assert ids(index, "words", 20) == [f"d{i}" for i in range(20)]
 
 
-def test_which_of_equal_scores_are_found_depends_on_the_catalogue_alone(
-    build: Callable[..., TantivyIndex],
-) -> None:
-    index = build(rows([(f"d{i}", "phone case", "") for i in range(4000)]))
-    assert ids(index, "phone case", 300) == [f"d{i}" for i in range(300)]
-
-
 def test_boosts_decide_between_title_and_text(build: Callable[..., TantivyIndex]) -> None:
     documents = rows([("title", "lamp", "for the desk"), ("text", "for the desk", "lamp")])
     assert ids(build(documents, title_boost=5.0), "lamp") == ["title", "text"]
