@@ -14,8 +14,8 @@ class Backend(Protocol):
         catalogue."""
 
     def search(self, query: str, k: int) -> list[Candidate]:
-        """At most `k` candidates, best first, equal scores in the catalogue's order; which of those that tie for the
-        last places are found may differ from build to build. `query` is plain text."""
+        """At most `k` candidates, best first, equal scores in the catalogue's order. `query` is plain text. Which
+        of those are found that tie for the last places may differ from build to build."""
 
     def stats(self) -> dict[str, Any]:
         """`documents`, `bytes` (on disk) and what else the engine knows of its index; JSON values."""
