@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from serve_app.cli import main
 from serve_app.configfile import load
-from serve_app.plan import Plan, packed, plan, replica_counts
+from serve_app.launch import least_resources
+from serve_app.plan import Plan, gpus_at_start, packed, plan, replica_counts
 from serve_app.reranker.memory import GIB, budget_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,18 @@ def test_initial_replicas_are_said(tmp_path: Path) -> None:
     assert "0 at the least replicas, 4 at first, 8 at the most" in made.table()
     assert "0 to 4, first 2" in made.table()
     assert "1 on 2" in made.table()
+
+
+def test_shares_that_add_up_to_two_gpus_may_need_three(tmp_path: Path) -> None:
+    args = {"model": "Qwen/Qwen3-Reranker-0.6B", "kind": "qwen3-reranker"}
+    config = load(one(tmp_path, args, num_replicas=3, ray_actor_options={"num_gpus": 0.6}))
+    assert least_resources(config)["num_gpus"] == pytest.approx(1.8)
+    assert gpus_at_start(config) == 3
+
+
+def test_a_share_that_rays_numbers_round_to_nothing_is_shown(tmp_path: Path) -> None:
+    args = {"model": "Qwen/Qwen3-Reranker-0.6B", "kind": "qwen3-reranker"}
+    assert "no" in planned(one(tmp_path, args, ray_actor_options={"num_gpus": 0.00001})).table()
 
 
 @pytest.mark.parametrize(
