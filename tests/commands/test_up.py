@@ -33,6 +33,18 @@ def test_a_taken_port_is_one_clear_line():
     assert re.fullmatch(rf"serve-app: port {port} on 127\.0\.0\.1 cannot be used .*\n", answer.stderr), answer
 
 
+def test_a_taken_port_of_haproxys_is_named_with_its_setting(port):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        taken = holder.getsockname()[1]
+        environment = {"SERVE_APP_API_KEYS": "shop:0123456789abcdef", "RAY_SERVE_HAPROXY_STATS_PORT": str(taken)}
+        answer = serve_app("up", "configs/local.yaml", "--port", port, env={**os.environ, **environment})
+    assert answer.returncode == 1
+    said = rf"serve-app: port {taken} on 0\.0\.0\.0 cannot be used .*, or set RAY_SERVE_HAPROXY_STATS_PORT .*\n"
+    assert re.fullmatch(said, answer.stderr), answer
+
+
 def test_a_missing_index_says_how_to_build_it(tmp_path, port):
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / "configs/local.yaml").read_text().replace(".run/index/catalog", "/nowhere"))
