@@ -82,25 +82,31 @@ def plan(config: ConfigFile, gpu_memory_gib: float) -> Plan:
     card = int(gpu_memory_gib * GIB)
     hub = _Hub()
     variants = []
-    shares: list[tuple[int, tuple[int, int, int]]] = []
     for application, deployment in _deployments(config):
-        gpus = float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 0)
-        replicas = replica_counts(deployment)
-        shares.append((round(gpus * _WHOLE), replicas))
         args = config.rerankers.get(application)
         if args is not None and deployment["name"] == "Reranker":
-            variants.append(_variant(application, args, gpus, replicas, card, hub))
-    least, first, most = (packed([share for share, counts in shares for _ in range(counts[i])]) for i in range(3))
-    return Plan(gpu_memory_gib, variants, least, first, most)
+            replicas = replica_counts(deployment)
+            variants.append(_variant(application, args, _num_gpus(deployment), replicas, card, hub))
+    return Plan(gpu_memory_gib, variants, *_gpus(config))
 
 
 def gpus_at_start(config: ConfigFile) -> int:
     """GPUs for the first replicas of all deployments: a share is never split over two."""
-    shares = []
-    for _, deployment in _deployments(config):
-        share = round(float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 0) * _WHOLE)
-        shares += [share] * replica_counts(deployment)[1]
-    return packed(shares)
+    return _gpus(config)[1]
+
+
+def _gpus(config: ConfigFile) -> tuple[int, int, int]:
+    """For the least, first and greatest number of replicas of all deployments."""
+    shares = [
+        (round(_num_gpus(deployment) * _WHOLE), replica_counts(deployment))
+        for _, deployment in _deployments(config)
+    ]
+    least, first, most = (packed([share for share, counts in shares for _ in range(counts[i])]) for i in range(3))
+    return least, first, most
+
+
+def _num_gpus(deployment: dict[str, Any]) -> float:
+    return float((deployment.get("ray_actor_options") or {}).get("num_gpus") or 0)
 
 
 def replica_counts(deployment: dict[str, Any]) -> tuple[int, int, int]:
