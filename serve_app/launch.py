@@ -124,7 +124,9 @@ def least_resources(config: ConfigFile) -> dict[str, float]:
             else:
                 replicas = deployment.get("num_replicas", 1)
             options = deployment.get("ray_actor_options") or {}
-            default_cpus = _DEFAULT_CPUS.get(application["import_path"], {}).get(name, 1.0)
+            # Serve takes what the file says in place of all that the code does.
+            ours = {} if "ray_actor_options" in deployment else _DEFAULT_CPUS.get(application["import_path"], {})
+            default_cpus = ours.get(name, 1.0)
             replicas = replicas if isinstance(replicas, int) else 1
             needed["num_cpus"] += replicas * (options.get("num_cpus", default_cpus) or 0)
             needed["num_gpus"] += replicas * (options.get("num_gpus") or 0)

@@ -381,4 +381,8 @@ def test_what_needs_no_gpu_stays_on_the_group_without_one(manifests: Manifests) 
     }
     for name in (("gateway", "Gateway"), ("catalogue", "Recall"), ("rollouts", "Rollout")):
         assert asked.pop(name) == {"front": 0.01}
+    # Serve takes 1 where the options of an actor don't say, and ours only where there are none.
+    for application in manifests.config["applications"]:
+        for deployment in application.get("deployments", []):
+            assert "num_cpus" in deployment.get("ray_actor_options", {"num_cpus": "ours"}), deployment["name"]
     assert not any(asked.values())
