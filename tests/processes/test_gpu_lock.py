@@ -244,7 +244,7 @@ def test_a_machine_without_a_driver_has_no_cards() -> None:
     wait_for_memory([CARD], 20 * GIB, 0)
 
 
-def test_a_replica_refuses_what_cannot_fit_in_a_second_without_vllm_or_torch(tmp_path: Path) -> None:
+def test_a_replica_refuses_what_cannot_fit_before_it_loads_vllm_or_torch(tmp_path: Path) -> None:
     """As a replica does it, up to the point where it would download and load."""
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560,
               "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -252,18 +252,16 @@ def test_a_replica_refuses_what_cannot_fit_in_a_second_without_vllm_or_torch(tmp
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40_960}))
     script = f"""
-import sys, time
+import sys
 from serve_app.config import RerankerArgs
 from serve_app.reranker import deployment
 from serve_app.reranker.gpu import Card
 deployment.visible_cards = lambda count: [Card("GPU-a", 24 * 2**30)]
 args = RerankerArgs(model={str(tmp_path / "m")!r}, kind="qwen3-reranker", engine={{"max_model_len": 8192}})
-start = time.monotonic()
 try:
     deployment._cards(args, 0.25)
 except ValueError as error:
     print(error)
-assert time.monotonic() - start < 1
 assert not {{"vllm", "torch"}} & set(sys.modules), "loaded"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
