@@ -23,6 +23,7 @@ from serve_app.config import GatewaySettings
 from serve_app.gateway import wire
 from serve_app.gateway.answers import rerank_answer, score_answer, search_answer, tei_answer
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
+from serve_app.gateway.cors import check_page
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
@@ -239,6 +240,8 @@ async def _answer(
     entered = False
     try:
         # Before anything is read of a stranger's body, or held for it.
+        if model is not None:
+            check_page(request)
         if check is None:
             request.state.key = service.keys.check(request.headers.get("authorization", ""))
         else:
@@ -411,8 +414,13 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("str", "TextDocument", "RerankBody", "TeiBody") and not part.startswith(
-            ("list[", "function-")
-        ):
+        elif part not in (
+            "str",
+            "TextDocument",
+            "RerankBody",
+            "TeiBody",
+            "UbiEvent",
+            "OtherEvent",
+        ) and not part.startswith(("list[", "function-")):
             path += f".{part}" if path else part
     return path

@@ -48,12 +48,12 @@ async def answer(
     if place is None or not place.split.live:
         return call, await attempt(call)
     started = time.monotonic()
-    fresh = call.fresh or rollouts.wants_computed(place)
+    forced = rollouts.wants_computed(place)
+    fresh = call.fresh or forced
     if place.role == "canary":
         try:
             deadline = rollouts.trial_deadline(place.split, call.deadline)
-            trial = replace(call, deadline=deadline, fresh=fresh)
-            whole = await _whole(attempt, trial, ranking_of)
+            whole = await _whole(attempt, replace(call, deadline=deadline, fresh=fresh))
         except CanaryFailedError as failure:
             plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
             stable_place = replace(place, role="stable")
@@ -74,16 +74,18 @@ async def answer(
                 failure,
             )
             return stable, answered
-        _count(rollouts, call, ranking_of(whole), started, searched)
+        _count(rollouts, call, ranking_of(whole), started, searched, forced)
         return call, whole
     try:
         answered = await attempt(replace(call, fresh=fresh))
     except Exception as error:
         _count_failure(rollouts, call, error)
         raise
-    degraded = _count(rollouts, call, ranking_of(answered), started, searched)
-    if not degraded and rollouts.wants_mirror(place.split):
-        rollouts.mirror(_mirrored(rollouts, call, attempt, ranking_of, order_of, order_of(answered)))
+    degraded = _count(rollouts, call, ranking_of(answered), started, searched, forced)
+    order = order_of(answered)
+    # Of fewer than two results there is one order.
+    if not degraded and len(order) > 1 and rollouts.wants_mirror(place.split):
+        rollouts.mirror(_mirrored(rollouts, call, attempt, order_of, order))
     return call, answered
 
 
@@ -91,7 +93,6 @@ async def _mirrored(
     rollouts: Rollouts,
     call: Call,
     attempt: Callable[[Call], Awaitable[A]],
-    ranking_of: Callable[[A], Ranking],
     order_of: Callable[[A], Sequence[Any]],
     stable_order: Sequence[Any],
 ) -> None:
@@ -100,7 +101,7 @@ async def _mirrored(
     plan = pipeline_plan(call.settings, split.canary, call.plan.route)
     deadline = Deadline.after(_MIRRORED_TIME * timeout_ms(call.settings, plan, None) / 1e3)
     try:
-        whole = await _whole(attempt, replace(call, plan=plan, deadline=deadline, mirrored=True), ranking_of)
+        whole = await _whole(attempt, replace(call, plan=plan, deadline=deadline, mirrored=True))
     except CanaryFailedError as failure:
         # A canary that is busy with live calls, which go first, drops mirrored ones; that is no failure.
         if str(failure) != "overloaded" and not (str(failure) == "timeout" and split.weight > 0):
@@ -109,19 +110,17 @@ async def _mirrored(
         rollouts.mirrored(split, (stable_order, order_of(whole)))
 
 
-async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call, ranking_of: Callable[[A], Ranking]) -> A:
+async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call) -> A:
     """The canary's answer with nothing left out. Raises CanaryFailedError."""
     try:
-        answered = await attempt(call)
+        return await attempt(replace(call, whole=True))
+    except CanaryFailedError:
+        raise
     except ApiError as error:
         raise CanaryFailedError("timeout" if error.code == "deadline_exceeded" else error.code) from error
     except Exception as error:
         logger.exception("request %s: the canary failed", call.request_id)
         raise CanaryFailedError("error") from error
-    for report in ranking_of(answered).reports:
-        if report.failure is not None:
-            raise CanaryFailedError(report.failure.reason, degraded=True)
-    return answered
 
 
 def _count_failure(rollouts: Rollouts, call: Call, error: Exception) -> None:
@@ -131,17 +130,21 @@ def _count_failure(rollouts: Rollouts, call: Call, error: Exception) -> None:
         rollouts.answered(call.plan.place, call.request_id, None, error=True)
 
 
-def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, searched: bool) -> bool:
-    """Whether the answer is degraded."""
+def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, searched: bool, forced: bool) -> bool:
+    """Whether the answer is degraded. `forced`: it was to be computed for the rollout's sake."""
     assert call.plan.place is not None
     degraded = any(report.failure is not None for report in ranking.reports)
     scores = [score for p in ranking.order[:SHOWN] if (score := ranking.rerank_scores[p]) is not None]
-    computed = not any(report.cache_hits for report in ranking.reports)
+    pairs = sum(report.pairs for report in ranking.reports)
+    hits = sum(report.cache_hits for report in ranking.reports)
+    if forced and not pairs:
+        rollouts.was_not_computed(call.plan.place)
     rollouts.answered(
         call.plan.place,
         call.request_id,
-        time.monotonic() - started if computed else None,
+        time.monotonic() - started if pairs and not hits else None,
         degraded=degraded,
+        unasked=pairs == hits and not degraded,
         scores=scores,
         searched=searched,
     )

@@ -5,10 +5,10 @@ import hmac
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 from pydantic_core import to_json
 
 from serve_app.access import ADMIN_KEY, secret
@@ -18,6 +18,11 @@ from serve_app.gateway.service import Service
 from serve_app.rollout.messages import Reply
 from serve_app.rollout.store import Event
 
+_KINDS: dict[str, Literal["click", "impression"]] = {
+    "click": "click",
+    "impression": "impression",
+    "view": "impression",
+}
 _ACTIONS = ("pause", "resume", "promote", "abort", "undo")
 _MAX_EVENTS = 1000
 # Nobody looks at their answer; who sends them tries again.
@@ -40,11 +45,16 @@ class EventAttributes(BaseModel):
     position: Position | None = None
 
 
-class UbiEvent(BaseModel):
-    """An event of User Behavior Insights (ubi 1.3), of which impressions and clicks count."""
+class OtherEvent(BaseModel):
+    """An event of User Behavior Insights (ubi 1.3) that isn't counted: what it says is its own affair."""
 
     model_config = ConfigDict(extra="allow")
     action_name: str = Field(max_length=100)
+
+
+class UbiEvent(OtherEvent):
+    """An impression or a click, as User Behavior Insights (ubi 1.3) has them."""
+
     query_id: str = Field(min_length=1, max_length=128, description="`id` of the search's answer.")
     event_id: str | None = Field(
         default=None,
@@ -55,11 +65,22 @@ class UbiEvent(BaseModel):
     event_attributes: EventAttributes | None = None
 
 
+def _tag(event: Any) -> str:
+    action = event.get("action_name") if isinstance(event, dict) else getattr(event, "action_name", None)
+    # What isn't even an action is refused as a counted one is.
+    return "OtherEvent" if isinstance(action, str) and action not in _KINDS else "UbiEvent"
+
+
+_COUNTED_OR_NOT = Discriminator(_tag)
+
+
 class EventsBody(BaseModel):
     """One or many events."""
 
     model_config = ConfigDict(extra="forbid")
-    events: list[UbiEvent] = Field(min_length=1, max_length=_MAX_EVENTS)
+    events: list[
+        Annotated[Annotated[UbiEvent, Tag("UbiEvent")] | Annotated[OtherEvent, Tag("OtherEvent")], _COUNTED_OR_NOT]
+    ] = Field(min_length=1, max_length=_MAX_EVENTS)
 
 
 class Anything(RootModel[dict[str, Any]]):
@@ -119,8 +140,7 @@ def add_control(app: FastAPI, service: Service, answer: Answer) -> None:
     @app.post("/v1/events", **takes(EventsBody, Anything, "Impressions and clicks"))
     async def events(request: Request) -> Response:
         async def reply(body: EventsBody) -> dict[str, Any]:
-            kinds = {"click": "click", "impression": "impression", "view": "impression"}
-            counted = [_event(e, kinds[e.action_name]) for e in body.events if e.action_name in kinds]  # type: ignore[arg-type]
+            counted = [_event(event) for event in body.events if isinstance(event, UbiEvent)]
             raw = [
                 to_json(event.model_dump(exclude_unset=True), inf_nan_mode="null").decode()
                 for event in body.events
@@ -155,11 +175,11 @@ def _operator(request: Request) -> str:
     return "".join(c for c in request.headers.get("x-operator", "") if c.isprintable())[:100]
 
 
-def _event(event: UbiEvent, kind: Literal["click", "impression"]) -> Event:
+def _event(event: UbiEvent) -> Event:
     said = event.model_dump_json(exclude_unset=True)
     position = event.event_attributes.position if event.event_attributes else None
     identity = event.event_id or hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
-    return Event(identity, event.query_id, kind, position.ordinal if position else None)
+    return Event(identity, event.query_id, _KINDS[event.action_name], position.ordinal if position else None)
 
 
 def _body(reply: Reply) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.fusion import best_first, fuse
 from serve_app.reranker.messages import ScoreResult
 
-Reason = Literal["unavailable", "timeout", "overloaded", "error"]
+Reason = Literal["unavailable", "timeout", "overloaded", "prompt_too_long", "error"]
 
 
 class StageFailure(Exception):
@@ -90,7 +90,8 @@ async def run(
     """Runs `stages` over `documents`, given in recall order with `recall_scores`, or in the caller's order
     without any (plain rerank), in which case `fallback_scores` orders what no stage could score.
 
-    A stage that fails leaves the order as it was; its `keep` still cuts, so that the next, dearer stage never
+    A stage that fails leaves the order as it was (a query too long for it, where there is no order yet, raises its
+    StageFailure: that is the caller's to mend); its `keep` still cuts, so that the next, dearer stage never
     gets more than it was configured for. What a cut removes stays in the answer, below what it kept.
     """
     n = len(documents)
@@ -109,6 +110,8 @@ async def run(
                     stage, query, [documents[p] for p in head], deadline.share_s(skipped[i:].count(None))
                 )
             except StageFailure as failure:
+                if failure.reason == "prompt_too_long" and not ordered:
+                    raise
                 report.failure = failure
             else:
                 recalled = [recall_scores[p] for p in head] if recall_scores else None

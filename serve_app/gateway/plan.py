@@ -55,6 +55,8 @@ class Call:
     max_tokens_per_doc: int | None = None
     # A copy of a call for the canary, whose answer nobody waits for.
     mirrored: bool = False
+    # The canary's: what leaves something out is of no use, because stable answers in its place.
+    whole: bool = False
     # Scores are to be computed, also where they are known.
     fresh: bool = False
     patience: Patience = field(default_factory=Patience)

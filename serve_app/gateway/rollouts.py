@@ -118,14 +118,22 @@ class Rollouts:
         *,
         error: bool = False,
         degraded: bool = False,
+        unasked: bool = False,
         scores: Sequence[float] = (),
         searched: bool = False,
     ) -> None:
         """Counts a call that `place` put somewhere: an answer, or that there was none. `took_s` is None for an
-        answer with scores from the cache, of which the two sides have unequal parts."""
+        answer with scores from the cache, of which the two sides have unequal parts; `unasked` is one that asked
+        no model for anything."""
         now = self._now()
         figures = self._counters.at(place.split.rollout, place.role, now)
-        figures.add(None if took_s is None else took_s * 1e3, error=error, degraded=degraded, scores=scores)
+        figures.add(
+            None if took_s is None else took_s * 1e3,
+            error=error,
+            degraded=degraded,
+            unasked=unasked,
+            scores=scores,
+        )
         if took_s is not None and not error:
             self._computed_at[place.split.rollout, place.role] = self.clock()
             if place.role == "stable":
@@ -140,6 +148,10 @@ class Rollouts:
             return False
         self._computed_at[side] = now
         return True
+
+    def was_not_computed(self, place: Place) -> None:
+        """The call that was to be had nothing to compute: another one will do."""
+        self._computed_at.pop((place.split.rollout, place.role), None)
 
     def trial_deadline(self, split: Split, deadline: Deadline) -> Deadline:
         """Until when the canary may answer, so that stable can after it."""
@@ -196,8 +208,9 @@ class Rollouts:
         news = News(self._gateway, self._deployed, reports, searches)
         splits: Splits = await self._ask(app, "exchange", news, timeout_s=_EXCHANGE_TIMEOUT_S)
         # What arrived although the answer was lost is sent again, and stored once.
-        _drop(self._unsent, reports)
-        _drop(self._searches, searches)
+        if splits.stored:
+            _drop(self._unsent, reports)
+            _drop(self._searches, searches)
         if self._app == app:
             # The settings may have changed meanwhile.
             self._splits = splits

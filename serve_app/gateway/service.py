@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from serve_app import __version__
 from serve_app.config import GatewaySettings, Stage, explain
 from serve_app.gateway import lexical
-from serve_app.gateway.canary import SHOWN, answer
+from serve_app.gateway.canary import SHOWN, CanaryFailedError, answer
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.fleet import Fleet, all_or_none
@@ -41,6 +41,8 @@ Kind = Literal["calls", "operators", "events", "fleet"]
 _BESIDE_CALLS = 32
 # Queries of one score call that are under way at once.
 _QUERIES_AT_ONCE = 8
+# How often a score call asks for what came of another revision than the rest.
+_REVISION_TRIES = 4
 # What BM25 in place of a model is waited for at least, also where the deadline is near: what the longest call
 # takes (lexical.py), unless others are before it.
 _LEXICAL_LEAST_S = 0.25
@@ -219,6 +221,7 @@ class Service:
         started = time.monotonic()
         scorer = self._scorer(call)
         places = asyncio.Semaphore(_QUERIES_AT_ONCE)
+        answered: dict[str, ScoreResult] = {}
 
         async def score(query: str, positions: list[int]) -> ScoreResult:
             async with places:
@@ -226,12 +229,23 @@ class Service:
                 return await scorer(stage, query, documents, call.deadline.remaining_s())
 
         try:
-            results = await all_or_none([score(query, positions) for query, positions in positions_of.items()])
+            for _ in range(_REVISION_TRIES):
+                asked = {query: positions for query, positions in positions_of.items() if query not in answered}
+                results = await all_or_none([score(query, positions) for query, positions in asked.items()])
+                answered |= zip(asked, results, strict=True)
+                # While a variant is replaced, queries may meet two revisions of it; what came last will be there.
+                if len({result.fingerprint for result in answered.values()}) == 1:
+                    break
+                ((kept, _),) = Counter(result.fingerprint for result in results).most_common(1)
+                answered = {query: result for query, result in answered.items() if result.fingerprint == kept}
+            else:
+                raise StageFailure("unavailable", f"{stage.variant} is being replaced", retry_after_s=1)
         except StageFailure as failure:
             raise _nothing_possible(failure) from failure
         scores = [0.0] * len(pairs)
         report = StageReport(stage.variant, took_ms=(time.monotonic() - started) * 1e3)
-        for positions, result in zip(positions_of.values(), results, strict=True):
+        for query, positions in positions_of.items():
+            result = answered[query]
             report.count(result)
             for position, value in zip(positions, result.scores, strict=True):
                 scores[position] = value
@@ -245,19 +259,30 @@ class Service:
         documents: list[str],
         recall_scores: list[float] | None,
     ) -> Ranking:
-        ranking = await run(
-            stages,
-            call.plan.fusion,
-            query,
-            documents,
-            recall_scores,
-            score=self._scorer(call),
-            fallback_scores=lambda: self._lexical_scores(query, documents, call.deadline),
-            skip=_skipper(call, query),
-            deadline=call.deadline,
-        )
+        scorer = self._scorer(call)
+
+        async def whole(stage: Stage, query: str, documents: list[str], timeout_s: float) -> ScoreResult:
+            try:
+                return await scorer(stage, query, documents, timeout_s)
+            except StageFailure as failure:
+                raise CanaryFailedError(failure.reason, degraded=True) from failure
+
+        try:
+            ranking = await run(
+                stages,
+                call.plan.fusion,
+                query,
+                documents,
+                recall_scores,
+                score=whole if call.whole else scorer,
+                fallback_scores=lambda: self._lexical_scores(query, documents, call.deadline),
+                skip=_skipper(call, query),
+                deadline=call.deadline,
+            )
+        except StageFailure as failure:
+            raise _nothing_possible(failure) from failure
         for report in ranking.reports:
-            if report.failure is not None and not call.mirrored:
+            if report.failure is not None:
                 logger.warning(
                     "request %s degraded: %s: %s", call.request_id, report.failure.reason, report.failure.detail
                 )
@@ -298,7 +323,7 @@ class Service:
                     patience=call.patience,
                 )
             except PromptTooLongError as error:
-                raise ApiError("prompt_too_long", str(error), param="query") from None
+                raise StageFailure("prompt_too_long", str(error)) from None
             if len(written) == len(documents):
                 return result
             worst = min(0.0, *result.scores) - _BELOW
@@ -371,6 +396,8 @@ def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
 
 
 def _nothing_possible(failure: StageFailure) -> ApiError:
+    if failure.reason == "prompt_too_long":
+        return ApiError("prompt_too_long", failure.detail, param="query")
     code = {"timeout": "deadline_exceeded", "overloaded": "overloaded"}.get(failure.reason, "unavailable")
     return ApiError(code, failure.detail, retry_after_s=failure.retry_after_s)
 

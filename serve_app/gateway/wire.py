@@ -267,7 +267,7 @@ class Degraded(BaseModel):
     """Why an answer is less than the pipeline can do."""
 
     stage: str = Field(description="The variant that did not contribute.")
-    reason: Literal["unavailable", "timeout", "overloaded", "error"]
+    reason: Literal["unavailable", "timeout", "overloaded", "prompt_too_long", "error"]
     detail: str
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
@@ -55,6 +56,11 @@ _SPLITS_S = 2.0
 # Rollouts that may be new since they were last read; all, where that was long ago.
 _NEW, _ALL, _AWAY_S = 200, 1_000_000, 30.0
 _COMMAND_LIMIT_S = 10.0
+# A pipeline that no gateway has for so long won't come back with the next settings.
+_GONE_S = 60.0
+# Gateways tell of their searches once a second, and an impression may be quicker: events of unknown searches are
+# tried once more after so long, so many at most.
+_EVENTS_AGAIN_S, _EVENTS_WAITING = 5.0, 20_000
 
 
 class Controller:
@@ -74,6 +80,9 @@ class Controller:
         self._open: list[str] = []
         # Promoted ones that were said to override weights.
         self._overriding: set[str] = set()
+        # Since when the rollout's pipelines are in no gateway's settings.
+        self._gone_since: dict[str, float] = {}
+        self._early: deque[tuple[float, Sequence[Event]]] = deque()
         self._failing = ""
         self._stuck: dict[str, str] = {}
 
@@ -108,6 +117,7 @@ class Controller:
     async def tick(self) -> None:
         """One look at everything. Raises StoreError."""
         self._patient_until = time.monotonic() + _PATIENCE_S
+        await self._count_early()
         lease = await self._held()
         if lease is not None:
             for waiting in await asyncio.to_thread(self.store.waiting_commands):
@@ -155,10 +165,11 @@ class Controller:
         if state.status == "warming":
             facts = Facts(now, not_ready=self._readiness.missing(self._variants(rollout)))
         elif state.status != "pending":
-            look = await self._looks.look(rollout.id, document, state.window_from, _LOOK_S, self._patience_s())
-            if look.seen is None:
+            look = await self._looks.look(rollout.id, document, state, _LOOK_S, self._patience_s())
+            gone = self._gone(rollout)
+            if look.seen is None and not gone:
                 return
-            facts = Facts(now, verdicts=look.verdicts, seen=look.seen)
+            facts = Facts(now, gone=gone, verdicts=look.verdicts, seen=look.seen or 0)
         change = advance(document, state, facts)
         if change is not None:
             await self._commit(rollout, document, state, change, facts.verdicts, lease)
@@ -201,9 +212,11 @@ class Controller:
 
     async def _retire(self, rollout: Rollout, lease: Lease) -> None:
         """A promoted rollout whose stable the route's own weights no longer name is over for good: should they
-        name it again, that is what an operator wants."""
+        name it again, that is what an operator wants. So is one whose canary is gone."""
         _, state = _parts(rollout)
         reason = f"route {rollout.route!r} sends no calls to {rollout.spec['stable']!r} any more"
+        if self._gone(rollout):
+            reason = f"no gateway's settings have the pipeline {rollout.spec['canary']!r} any more"
         logger.info(f"rollout {rollout.id} is done: {reason}")
         changed = replace(rollout, state={**rollout.state, "retired": True})
         entry = Transition(state.status, "promoted, and the route's own weights have taken over", reason)
@@ -234,16 +247,22 @@ class Controller:
     # ---- what gateways ask
 
     async def exchange(self, news: News) -> Splits:
-        """Takes in what a gateway counted, and says what is in force. Raises StoreError; the gateway then keeps
-        what it has and sends the same again."""
+        """Takes in what a gateway counted, and says what is in force: also where the former couldn't be `stored`,
+        and the gateway is to send the same again. Raises StoreError where the latter isn't known."""
         self._deployed[news.gateway] = (time.monotonic(), news.deployed)
-        if news.searches:
-            await asyncio.to_thread(self.store.add_searches, news.searches)
-        if news.reports:
-            await asyncio.to_thread(self.store.add_figures, news.reports)
+        stored = True
+        try:
+            if news.searches:
+                await asyncio.to_thread(self.store.add_searches, news.searches)
+            if news.reports:
+                await asyncio.to_thread(self.store.add_figures, news.reports)
+                self._looks.heard(news.reports)
+        except StoreError as error:
+            logger.warning("what gateway %s counted could not be stored: %s", news.gateway, error)
+            stored = False
         if time.monotonic() - self._splits_at > _SPLITS_S:
             await self._read_splits()
-        return replace(self._splits, said_at=time.time())
+        return replace(self._splits, said_at=time.time(), stored=stored)
 
     async def _read_splits(self) -> list[Rollout]:
         """Reads what is in force. Promoted rollouts that no calls reach any more come back."""
@@ -256,7 +275,8 @@ class Controller:
         for rollout in filter(_is_promoted, found):
             names = reached.get(rollout.route)
             if names is not None:
-                if rollout.spec["stable"] not in names:
+                # A pipeline of the canary's name that comes some day gets no calls by an old promotion.
+                if rollout.spec["stable"] not in names or self._gone(rollout):
                     over.append(rollout)
                     continue
                 names.add(rollout.spec["canary"])
@@ -312,6 +332,18 @@ class Controller:
             for route, names in deployed.routes.items():
                 routes[route] = tuple(dict.fromkeys([*routes.get(route, ()), *names]))
         return Deployed(pipelines, routes)
+
+    def _gone(self, rollout: Rollout) -> list[str]:
+        """Pipelines of the rollout that have been in no gateway's settings for a while, as far as any were heard;
+        of a promoted one, only the canary counts."""
+        known = self._in_force().pipelines
+        sides = ("canary",) if _is_promoted(rollout) else ("stable", "canary")
+        gone = [rollout.spec[side] for side in sides if rollout.spec[side] not in known]
+        if not known or not gone:
+            self._gone_since.pop(rollout.id, None)
+            return []
+        since = self._gone_since.setdefault(rollout.id, time.monotonic())
+        return gone if time.monotonic() - since > _GONE_S else []
 
     def _variants(self, rollout: Rollout) -> tuple[str, ...]:
         known = self._in_force().pipelines.get(rollout.spec["canary"])
@@ -421,13 +453,27 @@ class Controller:
         return await self._replied(read)
 
     async def events(self, events: Sequence[Event]) -> Reply:
-        return await self._replied(lambda: asdict(self.store.add_events(events)))
+        reply = await self._replied(lambda: asdict(self.store.add_events(events)))
+        live = any(split.live for splits in self._splits.by_route.values() for split in splits)
+        if live and reply.body.get("unknown"):
+            self._early.append((time.monotonic() + _EVENTS_AGAIN_S, events))
+            while sum(len(waiting) for _, waiting in self._early) > _EVENTS_WAITING:
+                self._early.popleft()
+        return reply
+
+    async def _count_early(self) -> None:
+        """Events that may have come before their search. Those that were counted are not counted again."""
+        while self._early and self._early[0][0] <= time.monotonic():
+            early = self._early[0]
+            await asyncio.to_thread(self.store.add_events, early[1])
+            if self._early and self._early[0] is early:
+                self._early.popleft()
 
     def show_stored(self, rollout: Rollout) -> dict[str, Any]:
         """Everything about a rollout: its document, state, figures of the window, verdicts."""
         document, state = _parts(rollout)
         canary, stable = self._looks.figures(rollout.id, state.window_from)
-        clicked = clicks(self.store, rollout.id, document, time.time())
+        clicked = clicks(self.store, rollout.id, document, state.clicks_from, time.time())
         return {
             **self._brief(rollout),
             "document": rollout.spec,

@@ -3,15 +3,16 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.guards import Verdict, judge
-from serve_app.rollout.store import Store
-from serve_app.rollout.window import Window, clicks
+from serve_app.rollout.machine import State
+from serve_app.rollout.store import Report, Store
+from serve_app.rollout.window import SETTLED_S, Window, clicks
 
 T = TypeVar("T")
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 _READERS = 2
 # Windows that are kept to be shown: of rollouts that have ended, and where another controller looks.
 _SHOWN = 16
+# A report of a bucket that began so long ago may have come too late for a window that was read a moment before.
+_LATE_S = SETTLED_S - 10
 
 # Variants of those given that have no running replica.
 NotReady = Callable[[Sequence[str]], Awaitable[list[str]]]
@@ -70,14 +73,14 @@ class Looks:
         self._readers = asyncio.Semaphore(_READERS)
 
     async def look(
-        self, rollout_id: str, document: RolloutDocument, since: float, every_s: float, patience_s: float
+        self, rollout_id: str, document: RolloutDocument, state: State, every_s: float, patience_s: float
     ) -> Look:
         """With new verdicts where it is time for them and they come soon. Raises StoreError."""
         look = self._looks.get(rollout_id)
-        if look is None or look.window.since != since:
-            look = self._looks[rollout_id] = Look(Window(since, time.time()))
+        if look is None or look.window.since != state.window_from:
+            look = self._looks[rollout_id] = Look(Window(state.window_from, time.time()))
         if look.reading is None and time.monotonic() - look.at >= every_s:
-            look.reading = _beside(self._judged(look.window, rollout_id, document))
+            look.reading = _beside(self._judged(look.window, rollout_id, document, state.clicks_from))
         if look.reading is not None and await _done(look.reading, patience_s):
             reading, look.reading, look.at = look.reading, None, time.monotonic()
             look.verdicts, look.seen = reading.result()
@@ -102,6 +105,15 @@ class Looks:
         if look := self._looks.pop(rollout_id, None):
             self._keep(rollout_id, look.window.copy())
 
+    def heard(self, reports: Iterable[Report]) -> None:
+        """One that is older than windows expect is counted all the same."""
+        late = {report.rollout_id for report in reports if report.bucket < time.time() - _LATE_S}
+        with self._showing:
+            windows = [window for rollout_id, window in self._shown.items() if rollout_id in late]
+        windows += [look.window for rollout_id, look in self._looks.items() if rollout_id in late]
+        for window in windows:
+            window.recount()
+
     def clear(self) -> None:
         self._looks.clear()
         with self._showing:
@@ -115,12 +127,12 @@ class Looks:
                 del self._shown[next(iter(self._shown))]
 
     async def _judged(
-        self, window: Window, rollout_id: str, document: RolloutDocument
+        self, window: Window, rollout_id: str, document: RolloutDocument, clicks_from: float
     ) -> tuple[list[Verdict], int]:
         def judged() -> tuple[list[Verdict], int]:
             now = time.time()
             canary, stable = window.read(self._store, rollout_id, now)
-            clicked = clicks(self._store, rollout_id, document, now)
+            clicked = clicks(self._store, rollout_id, document, clicks_from, now)
             seen = sum(figures.calls + figures.mirror.calls for figures in (canary, stable))
             seen += sum(side.queries for block in clicked for side in block)
             return judge(document.guards, canary, stable, clicked), seen

@@ -58,11 +58,13 @@ class Mirror:
 @dataclass(slots=True)
 class Figures:
     """Calls of one side. `latency` and `scores` count by bin; `scored` calls brought scores. Latencies are of
-    calls whose scores were all computed for them."""
+    calls whose scores were all computed for them; `unasked` calls asked the side's models for none and could not
+    fail by them (their scores were known, or there was nothing to score)."""
 
     calls: int = 0
     errors: int = 0
     degraded: int = 0
+    unasked: int = 0
     scored: int = 0
     latency: Counter[int] = field(default_factory=Counter)
     scores: Counter[int] = field(default_factory=Counter)
@@ -74,6 +76,7 @@ class Figures:
         *,
         error: bool = False,
         degraded: bool = False,
+        unasked: bool = False,
         scores: Sequence[float] = (),
     ) -> None:
         """Counts a call. `scores` are its relevance scores, best first, of which the first ten count; what is
@@ -84,6 +87,7 @@ class Figures:
             self.errors += 1
             return
         self.degraded += degraded
+        self.unasked += unasked
         if latency_ms is not None:
             self.latency[math.ceil(math.log(max(latency_ms, _MIN_LATENCY_MS)) / _LOG_GAMMA)] += 1
         finite = [score for score in scores[:DEPTH] if math.isfinite(score)]
@@ -106,6 +110,11 @@ class Figures:
             mirror.tau_pairs += 1
             mirror.tau += round(agreement.tau * _MICRO)
             mirror.tau_squares += round(agreement.tau**2 * _MICRO)
+
+    @property
+    def asked(self) -> int:
+        """Calls that models could fail."""
+        return self.calls - self.unasked
 
     @property
     def answered(self) -> int:
@@ -134,6 +143,7 @@ class Figures:
             self.calls + other.calls,
             self.errors + other.errors,
             self.degraded + other.degraded,
+            self.unasked + other.unasked,
             self.scored + other.scored,
             self.latency + other.latency,
             self.scores + other.scores,
@@ -157,6 +167,7 @@ class Figures:
                 calls=int(data.get("calls", 0)),
                 errors=int(data.get("errors", 0)),
                 degraded=int(data.get("degraded", 0)),
+                unasked=int(data.get("unasked", 0)),
                 scored=int(data.get("scored", 0)),
                 latency=_bins(data.get("latency", ())),
                 scores=_bins(data.get("scores", ())),
@@ -166,7 +177,7 @@ class Figures:
             raise ValueError(f"these are no figures: {error}") from None
 
 
-_COUNTS = ("calls", "errors", "degraded", "scored")
+_COUNTS = ("calls", "errors", "degraded", "unasked", "scored")
 _MIRROR_COUNTS = tuple(f.name for f in fields(Mirror))
 
 

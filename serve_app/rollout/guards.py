@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field
 from serve_app.config import Block
 from serve_app.rollout.figures import Clicks, Figures
 from serve_app.rollout.intervals import CONFIDENCE
-from serve_app.rollout.readings import Reading, read
+from serve_app.rollout.readings import Reading, read, read_mirrored
 from serve_app.rollout.sequential import ClickMetric, fall
 
 MetricName = Literal[
@@ -148,7 +148,16 @@ def breached(guards: Mapping[MetricName, Guard], streaks: Mapping[str, int]) -> 
 
 
 def _judge_figures(metric: MetricName, guard: Guard, canary: Figures, stable: Figures) -> Verdict:
-    reading = read(metric, canary, stable)
+    verdict = _judge_reading(metric, guard, read(metric, canary, stable))
+    mirrored = read_mirrored(metric, canary, stable)
+    if mirrored is None or verdict.outcome == "fail":
+        return verdict
+    # Mirrored calls decide while there are no others. Then they may only show that it fails.
+    of_mirrored = _judge_reading(metric, guard, mirrored)
+    return of_mirrored if not canary.asked or of_mirrored.outcome == "fail" else verdict
+
+
+def _judge_reading(metric: MetricName, guard: Guard, reading: Reading) -> Verdict:
     value, at_best = reading.value, reading.at_best
     # Of agreement, little is bad; of everything else, much.
     sign = -1 if METRICS[metric].source == "mirror" else 1

@@ -57,8 +57,10 @@ class State:
     step: int = -1
     weight: float = 0.0
     since: float = 0.0
-    # Figures from this moment on are judged: earlier calls met another weight, or were judged before.
+    # Figures from this moment on are judged: earlier calls met another weight, or an operator has seen them fail.
     window_from: float = 0.0
+    # And of clicks, those on searches from this one on; 0 for all of the rollout's.
+    clicks_from: float = 0.0
     # When a timed pause ends, or an analysis gives up.
     until: float | None = None
     # What `resume` goes on with: the step under way once more, or the next.
@@ -87,12 +89,14 @@ _FIELDS = tuple(f.name for f in fields(State))
 @dataclass(frozen=True, slots=True)
 class Facts:
     """`not_ready`: variants of the canary without a running replica. `verdicts`: the last ones of the window, over
-    `seen` samples; a failure counts once for the same number, however often and by whomever they are given."""
+    `seen` samples; a failure counts once for the same number, however often and by whomever they are given.
+    `gone`: pipelines of the rollout that no gateway has any more."""
 
     now: float
     not_ready: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()
     seen: int = 0
+    gone: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,10 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
         return Change(State("warming", since=now, window_from=now), "the controller has taken it up")
     if now < state.since:
         return Change(_set_back(state, now), "")
+    if facts.gone:
+        # Gateways send its calls to stable, or to where the route's own weights do: nothing is left to judge.
+        names = " and ".join(map(repr, facts.gone))
+        return Change(_end(state, "rolled_back", now), f"no gateway's settings have the pipeline {names} any more")
     if state.status == "warming":
         if not facts.not_ready:
             return _enter(document, state, 0, now, "the canary's variants have replicas")
@@ -153,6 +161,9 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
 def command(document: RolloutDocument, state: State, action: Action, now: float) -> Change:
     """What an operator asks for. Raises RefusedError."""
     allowed = _ALLOWED[state.status]
+    if state.status == "paused" and state.until is not None:
+        # One that would end by itself may be held.
+        allowed = ("pause", *allowed)
     if action not in allowed:
         listed = ", ".join(allowed) or "nothing: start another"
         raise RefusedError(
@@ -164,6 +175,8 @@ def command(document: RolloutDocument, state: State, action: Action, now: float)
         return Change(_end(state, "rolled_back", now), "undone by an operator")
     if action == "promote":
         return Change(_promoted(state, now), "promoted by an operator")
+    if action == "pause" and state.status == "paused":
+        return Change(replace(state, until=None), "held by an operator")
     if action == "pause":
         paused = replace(state, status="paused", since=now, until=None, again=True)
         return Change(paused, "paused by an operator")
@@ -172,8 +185,11 @@ def command(document: RolloutDocument, state: State, action: Action, now: float)
             f"the rollout is {describe(document, state)} and all steps are done; allowed: promote, abort"
         )
     change = _enter(document, state, state.step + (0 if state.again else 1), now, "resumed by an operator")
-    # The operator has seen what failed; from here on it counts anew.
-    return replace(change, state=replace(change.state, unguarded=False, streaks={}, judged=0, window_from=now))
+    if state.unguarded:
+        # The operator has seen what failed; from here on it counts anew.
+        anew = replace(change.state, unguarded=False, streaks={}, judged=0, window_from=now, clicks_from=now)
+        return replace(change, state=anew)
+    return change
 
 
 def describe(document: RolloutDocument, state: State) -> str:

@@ -28,10 +28,11 @@ class News:
 @dataclass(frozen=True, slots=True)
 class Splits:
     """What is in force, by route, oldest first. Whole: a gateway replaces all it had. `said_at` is the
-    controller's time, by which gateways count."""
+    controller's time, by which gateways count; `stored` says whether it has kept what they sent."""
 
     by_route: dict[str, tuple[Split, ...]] = field(default_factory=dict)
     said_at: float | None = None
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)

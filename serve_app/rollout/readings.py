@@ -32,15 +32,12 @@ class Reading:
 
 
 def read(metric: str, canary: Figures, stable: Figures) -> Reading:
-    """The reading of a metric other than those of clicks."""
+    """The reading of a metric other than those of clicks; of rates, over users' calls."""
     match metric:
-        # Mirrored calls that the canary fails count too: so users need not meet a canary that raises.
         case "error_rate":
-            failed, calls = canary.errors + canary.mirror.errors, canary.calls + canary.mirror.calls
-            return _rate("failed", failed, calls, stable.errors, stable.calls)
+            return _rate("calls failed", canary.errors, canary.asked, stable.errors, stable.asked)
         case "degraded_rate":
-            degraded, calls = canary.degraded + canary.mirror.degraded, canary.calls + canary.mirror.calls
-            return _rate("were degraded", degraded, calls, stable.degraded, stable.calls)
+            return _rate("calls were degraded", canary.degraded, canary.asked, stable.degraded, stable.asked)
         case "latency_p50_ratio":
             return _latency(0.5, canary, stable)
         case "latency_p95_ratio":
@@ -56,8 +53,24 @@ def read(metric: str, canary: Figures, stable: Figures) -> Reading:
     raise ValueError(f"{metric!r} can't be read from figures")
 
 
+def read_mirrored(metric: str, canary: Figures, stable: Figures) -> Reading | None:
+    """The rates over mirrored calls, so that no user need meet a canary that raises. They have more time than
+    users' calls and are dropped where the canary is busy, so that the two are not added up. None of other metrics,
+    and where nothing was mirrored."""
+    mirror = canary.mirror
+    if not mirror.calls:
+        return None
+    match metric:
+        case "error_rate":
+            return _rate("mirrored calls failed", mirror.errors, mirror.calls, stable.errors, stable.asked)
+        case "degraded_rate":
+            what = "mirrored calls were degraded"
+            return _rate(what, mirror.degraded, mirror.calls, stable.degraded, stable.asked)
+    return None
+
+
 def _rate(what: str, k_c: int, n_c: int, k_s: int, n_s: int) -> Reading:
-    text = f"on the canary {_share(k_c, n_c)} calls {what}, on stable {_share(k_s, n_s)}"
+    text = f"on the canary {_share(k_c, n_c)} {what}, on stable {_share(k_s, n_s)}"
     if not n_c or not n_s:
         return Reading(None, None, _ratio(k_c, n_c), _ratio(k_s, n_s), n_c, n_s, text)
     p_c, p_s = k_c / n_c, k_s / n_s

@@ -1,6 +1,7 @@
 """What guards judge: a rollout's figures since a moment. What no longer changes is read and added up once."""
 
 import copy
+import math
 from collections.abc import Iterator
 
 from serve_app.rollout.document import RolloutDocument
@@ -9,7 +10,7 @@ from serve_app.rollout.guards import METRICS
 from serve_app.rollout.store import Limits, Report, Store
 
 # Reports that are older are no longer expected, and those of buckets that are even older no longer kept.
-_SETTLED_S, _KEPT_S = 30, int(Limits().figures_ttl_s)
+SETTLED_S, _KEPT_S = 30, int(Limits().figures_ttl_s)
 # Buckets that the store is asked for at once, so that nobody else waits long for it.
 _SLICE_S = 600
 # Clicks come after their search; a minute's are taken for complete this long after it.
@@ -22,7 +23,7 @@ class Window:
     def __init__(self, since: float, now: float) -> None:
         self.since = since
         # After the store was away, gateways still send older reports for a while: then all is read once more.
-        self._again_at = now + _SETTLED_S
+        self._again_at = now + SETTLED_S
         self._start()
 
     def _start(self) -> None:
@@ -35,11 +36,11 @@ class Window:
         if now >= self._again_at:
             self._again_at = float("inf")
             self._start()
-        if int(now) - _SETTLED_S < self._settled[0]:
+        if int(now) - SETTLED_S < self._settled[0]:
             # Just begun; or the clock was set back, and settled buckets get calls once more.
             self._start()
         start, sides = self._settled
-        settled_before, settled = max(start, int(now) - _SETTLED_S), None
+        settled_before, settled = max(start, int(now) - SETTLED_S), None
         for report in self._reports(store, rollout_id, start, int(now)):
             if settled is None and report.bucket >= settled_before:
                 settled = sides
@@ -48,6 +49,10 @@ class Window:
                 sides = {**sides, report.role: merged}
         self._settled = settled_before, sides if settled is None else settled
         return sides["canary"], sides["stable"]
+
+    def recount(self) -> None:
+        """The next time, all is read once more: a report came late."""
+        self._again_at = float("-inf")
 
     def copy(self) -> "Window":
         """To be read beside this one."""
@@ -62,12 +67,15 @@ class Window:
         yield from store.figures(rollout_id, start)
 
 
-def clicks(store: Store, rollout_id: str, document: RolloutDocument, now: float) -> list[tuple[Clicks, Clicks]]:
-    """Of the whole rollout by minute, canary's and stable's; none where no guard judges them."""
+def clicks(
+    store: Store, rollout_id: str, document: RolloutDocument, since: float, now: float
+) -> list[tuple[Clicks, Clicks]]:
+    """On the searches of whole minutes since that moment, by minute, canary's and stable's; none where no guard
+    judges them."""
     if not any(METRICS[metric].source == "clicks" for metric in document.guards):
         return []
     blocks: dict[int, dict[str, Clicks]] = {}
-    for counts in store.event_counts(rollout_id):
+    for counts in store.event_counts(rollout_id, math.ceil(since / 60)):
         # One that lies ahead was counted before the clock was set back.
         if abs(now - (counts.minute + 1) * 60) > _CLICKS_AFTER_S:
             blocks.setdefault(counts.minute, {})[counts.role] = Clicks(list(counts.by_rank))

@@ -44,6 +44,27 @@ def test_origins_that_are_named_may_call_and_read_the_answer():
     assert "Access-Control-Allow-Origin" not in refused.headers
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_what_a_page_of_another_origin_sends_unasked_is_not_done(site):
+    """As `fetch(url, {mode: "no-cors"})` does: plain text, for which no browser asks first."""
+    gateway = Gateway()
+    headers = {"Content-Type": "text/plain", "Sec-Fetch-Site": site}
+    for path, body in (
+        ("/v1/rerank", {"query": "cats", "documents": ["a"], "model": "small"}),
+        ("/v1/search", {"query": "cats"}),
+        ("/v1/events", {"events": [{"action_name": "click", "query_id": "q"}]}),
+    ):
+        answer = gateway.post(path, body, {**headers, "Origin": OTHER})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert OTHER in answer.json()["message"]
+    assert not gateway.fleet.asked
+    named = Gateway()
+    allow_origins(named.app, (SHOP,))
+    assert named.post("/v1/search", {"query": "cats"}, {**headers, "Origin": SHOP}).status_code == 200
+    own = {"Origin": "https://search.example", "Sec-Fetch-Site": "same-origin"}
+    assert gateway.post("/v1/search", {"query": "cats"}, own).status_code == 200
+
+
 @pytest.mark.parametrize(
     "origin", ["shop.example", "https://shop.example/", "https://*.example", "ftp://shop", ""]
 )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -101,6 +102,28 @@ def test_numbers_that_json_cannot_say_do_not_come_back(gateway):
 def test_rank_fields_cannot_multiply_a_document(gateway):
     body = {"query": "q", "documents": [{"text": "x" * 1000}], "rank_fields": ["text"] * 33}
     assert gateway.post("/v1/rerank", body).status_code == 400
+
+
+class Replaced(FleetDouble):
+    """Replicas of two revisions; `revisions` says which answers next, the last one from then on."""
+
+    def __init__(self, *revisions):
+        super().__init__()
+        self.revisions = list(revisions)
+
+    async def score(self, *args, **kwargs):
+        revision = self.revisions.pop(0) if len(self.revisions) > 1 else self.revisions[0]
+        value = {"old": 0.1, "new": 0.9}[revision]
+        (part,) = await super().score(*args, **kwargs)
+        return [replace(part, scores=[value] * len(part.scores), fingerprint=revision)]
+
+
+def test_a_score_call_is_of_one_revision():
+    body = {"text_1": ["1", "2", "3"], "text_2": DOCUMENTS[:3], "model": "small"}
+    answer = Gateway(Replaced("old", "old", "new", "new")).post("/v1/score", body).json()
+    assert {entry["score"] for entry in answer["data"]} == {0.9}
+    never = Gateway(Replaced(*["old", "new", "new"] + ["old", "new", "new", "old"] * 9)).post("/v1/score", body)
+    assert (never.status_code, never.json()["error"]["code"]) == (503, "unavailable")
 
 
 def test_distinct_queries_of_a_score_call_are_under_way_together():
@@ -216,12 +239,27 @@ def test_blank_documents_never_reach_a_model_and_come_last():
     assert [r["index"] for r in Gateway(fleet).post("/v1/rerank", body).json()["results"]] == [1, 2, 0]
 
 
-def test_a_prompt_without_room_is_the_callers_error():
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score"])
+def test_a_prompt_without_room_is_the_callers_error(path):
+    texts = (
+        {"text_1": "cats", "text_2": "a"} if path == "/v1/score" else {"query": "cats", "documents": ["a", "b"]}
+    )
     response = failing(PromptTooLongError("query and instruction have 900 tokens; max_model_len is 512")).post(
-        "/v1/search", {"query": "cats"}
+        path, {**texts, "model": "small"}
     )
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "prompt_too_long"
+    assert response.json()["error"]["param"] == "query"
+
+
+def test_a_search_whose_query_is_too_long_for_a_model_keeps_the_order_that_there_is():
+    answer = failing(PromptTooLongError("query and instruction have 900 tokens; max_model_len is 512")).post(
+        "/v1/search", {"query": "cats"}
+    )
+    assert answer.status_code == 200
+    ((stage,),) = [answer.json()["meta"]["degraded"]]
+    assert (stage["reason"], "900 tokens" in stage["detail"]) == ("prompt_too_long", True)
+    assert answer.json()["results"]
 
 
 RERANK = {"query": "q", "documents": ["a", "b"]}

@@ -195,12 +195,52 @@ def test_what_the_canary_cannot_answer_stable_answers_in_time(how: str, path: st
             assert "degraded" not in meta
             figures = await gateway.counted()
             # By kind, as a stable call is counted: a search or a list to rank is answered without the reranker.
-            degraded = path != "score" and how not in ("a-fault-of-ours", "refuses")
+            degraded = path != "score" and how != "a-fault-of-ours"
             canary = figures["canary"]
             assert (canary.calls, canary.errors, canary.degraded) == (1, not degraded, degraded)
             assert figures["stable"].calls == 0
             # Nobody saw the canary's answer, so no click is its own.
             assert not any(news.searches for news in gateway.fleet.news)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("weight", [100, 1e-9])
+def test_nothing_is_done_in_place_of_a_canary_that_fails(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("serve_app.gateway.lexical.bm25", lambda query, documents: asked.append(query) or [])
+
+    async def scenario() -> None:
+        async with Gateway(split(weight, shadow=1.0)) as gateway:
+            gateway.fleet.does["new"] = BROKEN["raises"]
+            assert "degraded" not in (await gateway.rerank()).json()["meta"]
+            await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
+            assert (await gateway.counted())["canary"].asked == (weight == 100)
+
+    asyncio.run(scenario())
+    assert not asked
+
+
+def test_calls_that_ask_no_model_say_nothing_of_it() -> None:
+    async def scenario() -> None:
+        async with Gateway(split(shadow=1.0)) as gateway:
+            gateway.fleet.recalls = lambda request: []
+            assert (await gateway.search()).json()["results"] == []
+            place = Place(split(), "canary")
+            assert gateway.rollouts.wants_computed(place), "for none has been computed"
+            canary = (await gateway.counted())["canary"]
+            assert (canary.calls, canary.asked, canary.answered) == (1, 0, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("documents", "mirrored"), [(DOCUMENTS[:1], 0), (DOCUMENTS[:2], 1)])
+def test_an_order_of_one_document_agrees_with_nothing(documents: list[str], mirrored: int) -> None:
+    async def scenario() -> None:
+        async with Gateway(split(0, shadow=1.0)) as gateway:
+            assert (await gateway.rerank(documents=documents)).status_code == 200
+            await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
+            assert (await gateway.counted())["canary"].mirror.calls == mirrored
 
     asyncio.run(scenario())
 
@@ -427,7 +467,7 @@ def test_a_mirrored_call_that_fails_counts_unless_the_canary_was_busy(
             await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
             mirror = (await gateway.counted())["canary"].mirror
             assert (mirror.calls, mirror.errors + mirror.degraded) == ((1, 1) if counts else (0, 0))
-            assert mirror.degraded == (counts and how in ("raises", "hangs"))
+            assert mirror.degraded == (counts and how != "a-fault-of-ours")
 
     asyncio.run(scenario())
 
@@ -438,6 +478,32 @@ def test_a_mirrored_call_that_fails_counts_unless_the_canary_was_busy(
 async def send(gateway: Gateway) -> httpx.Response:
     event = {"action_name": "click", "query_id": "q1"}
     return await gateway.client.post("/v1/events", json={"events": [event]})
+
+
+def test_events_that_do_not_count_may_say_what_they_like() -> None:
+    click = {"action_name": "click", "query_id": "q1", "event_attributes": {"position": {"ordinal": 1}}}
+    others: list[dict[str, Any]] = [
+        {"action_name": "add_to_cart", "client_id": "c"},
+        {"action_name": "scroll", "query_id": "", "event_attributes": {"position": {"ordinal": 0}}},
+        {"action_name": "swipe", "event_attributes": {"position": [1, 2]}},
+    ]
+
+    async def scenario() -> None:
+        async with Gateway(split()) as gateway:
+            gateway.fleet.apps = None
+            gateway.fleet.stored.set()
+            answer = await gateway.client.post("/v1/events", json={"events": [*others, click]})
+            assert (answer.status_code, answer.json()["ignored"]) == (200, 3), answer.text
+            for wrong, param in (
+                ({"action_name": "click"}, "events[1].query_id"),
+                ({"query_id": "q1"}, "events[1].action_name"),
+                ({"action_name": 7}, "events[1].action_name"),
+                ("click", "events[1]"),
+            ):
+                refused = await gateway.client.post("/v1/events", json={"events": [others[0], wrong]})
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
+
+    asyncio.run(scenario())
 
 
 async def abort(gateway: Gateway) -> httpx.Response:

@@ -79,6 +79,34 @@ def test_mirrored_calls_that_the_canary_leaves_incomplete_are_degraded_ones():
     assert canary.mirror.pairs == 0
 
 
+@pytest.mark.parametrize("metric", ["error_rate", "degraded_rate"])
+def test_mirrored_calls_do_not_make_up_for_those_that_users_sent(metric):
+    failed = {"errors" if metric == "error_rate" else "degraded": 10}
+    canary = figures(50, **failed)
+    for _ in range(950):
+        canary.add_mirrored(compare("abc", "abc"))
+    found = verdict(metric, canary, figures(950))
+    assert (found.outcome, found.canary, found.canary_samples) == ("fail", 0.2, 50)
+
+
+def test_mirrored_calls_fail_a_canary_that_answers_its_users():
+    canary = figures(50)
+    for _ in range(40):
+        canary.add_mirrored(None)
+    found = verdict("error_rate", canary, STABLE)
+    assert (found.outcome, found.canary_samples) == ("fail", 40)
+    assert "40 of 40 (100.0%) mirrored calls failed" in found.text
+
+
+def test_calls_that_asked_no_model_hide_none_that_failed():
+    canary, stable = figures(40, errors=20), figures(40)
+    for side in (canary, stable):
+        for _ in range(5_000):
+            side.add(None, unasked=True)
+    found = verdict("error_rate", canary, stable)
+    assert (found.outcome, found.canary, found.canary_samples) == ("fail", 0.5, 40)
+
+
 @pytest.mark.parametrize("rate", [0.03, 0.1])
 def test_a_canary_that_degrades_as_often_as_stable_stays(rate):
     """Looked at every twenty calls: what a rollout's failure limit forgives is left out, so this is harder."""

@@ -293,13 +293,50 @@ def test_pause_and_resume_come_back_to_the_same_step_and_weight(step):
     _, _, weight = at(run.state)
     assert at(run.do("pause")) == ("paused", step, weight)
     assert at(run.look("pass", after_s=1e6)) == ("paused", step, weight)
+    window_from = run.state.window_from
     assert at(run.do("resume")) == ("step", step, weight)
-    assert run.state.window_from == run.now
+    assert run.state.window_from == window_from
+
+
+def test_an_analysis_that_goes_on_keeps_the_samples_that_it_had():
+    run = Run(document()).to_step(1)
+    run.look("inconclusive", after_s=61)
+    before = run.state
+    assert before.status == "inconclusive"
+    after = run.do("resume")
+    assert (after.status, after.until, after.window_from) == ("step", run.now + 60, before.window_from)
+
+
+def test_what_an_operator_has_seen_fail_counts_anew():
+    run = Run(document(on_failure="pause")).to_step(1)
+    run.look("fail")
+    assert run.look("fail").unguarded
+    after = run.do("resume")
+    assert (after.unguarded, after.streaks, after.judged) == (False, {}, 0)
+    assert after.window_from == after.clicks_from == run.now
 
 
 def test_resume_ends_a_timed_pause_early():
     run = Run(document()).to_step(2)
     assert at(run.do("resume")) == ("step", 3, 50)
+
+
+def test_a_timed_pause_can_be_held():
+    run = Run(document()).to_step(2)
+    assert at(run.do("pause")) == ("paused", 2, 5)
+    assert at(run.look("pass", after_s=1e6)) == ("paused", 2, 5)
+    with pytest.raises(RefusedError, match=r"allowed: resume, promote, abort$"):
+        run.do("pause")
+    assert at(run.do("resume")) == ("step", 3, 50)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 4])
+def test_without_its_pipelines_nothing_is_left_to_roll_out(step):
+    run = Run(document(on_failure="pause")).to_step(step)
+    facts = Facts(run.now, verdicts=[verdict("pass")], seen=99, gone=("two",))
+    change = advance(run.document, run.state, facts)
+    assert (change.state.status, change.state.weight) == ("rolled_back", 0)
+    assert change.reason == "no gateway's settings have the pipeline 'two' any more"
 
 
 def test_guards_watch_while_an_operator_pauses():
@@ -436,14 +473,15 @@ class AnyOrder(RuleBasedStateMachine):
             assert "allowed: " in refused
             assert self.run.state == before
             return
-        assert action in _ALLOWED[before.status]
+        held = action == "pause" and before.status == "paused" and before.until is not None
+        assert held or action in _ALLOWED[before.status]
         if action == "resume":
             assert after.status == "promoted" or after.step == before.step + (not before.again)
             assert not after.unguarded
         if action == "pause":
-            assert (
-                replace(after, status=before.status, since=before.since, until=before.until, again=False) == before
-            )
+            as_before = {"status": before.status, "since": before.since, "until": before.until}
+            assert replace(after, **as_before, again=before.again) == before
+            assert after.again is not held
         self.moved(after)
 
     @precondition(lambda self: hasattr(self, "run"))

@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,33 @@ def test_a_window_counts_each_report_once_whenever_it_came(store: Store) -> None
     assert window.read(store, "r", now + 41)[0].calls == canary.calls
 
 
+def test_a_report_that_is_very_late_is_counted_where_windows_are_kept(store: Store) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["weight"] == 25)
+        state = State.from_json(store.get(rollout).state)
+        # As though the weight had been there for long.
+        earlier = replace(state, window_from=state.window_from - 500)
+        document = RolloutDocument.model_validate(store.get(rollout).spec)
+        looks, bucket = controller._looks, int(earlier.window_from) + 100
+
+        async def canary_calls() -> int:
+            await looks.look(rollout, document, earlier, 0.0, 10.0)
+            return looks.figures(rollout, earlier.window_from)[0].calls
+
+        def news(seq: int) -> News:
+            late = report(rollout, "canary", bucket, seq, 40)
+            return News("g", deployed(settings(ROUTES)), reports=(late,))
+
+        await controller.exchange(news(1))
+        assert await canary_calls() == 40
+        await controller.exchange(news(2))
+        assert await canary_calls() == 80
+
+    asyncio.run(scenario())
+
+
 def test_a_window_reads_settled_buckets_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.create(Rollout("r", "a", {}, {}), Transition("", "", ""))
     now = time.time()
@@ -409,7 +437,9 @@ def test_clicks_after_the_clock_was_set_back_are_judged(store: Store) -> None:
     store.add_events([Event(f"e{i}", f"q{i}", "impression") for i in range(20)])
     # Of minutes that are long past or lie far ahead all is known; those about now may get more.
     for at, complete in ((now, 16), (now - 600, 15), (now - 7200, 20)):
-        assert len(clicks(store, "r", document, at)) == complete
+        assert len(clicks(store, "r", document, 0, at)) == complete
+    # From whole minutes on.
+    assert [len(clicks(store, "r", document, now - 300 - s, now - 7200)) for s in (0, 1, 60)] == [6, 6, 7]
 
 
 # ---- what is in force
@@ -448,6 +478,79 @@ def test_gateways_keep_what_they_have_rather_than_hear_old_weights_without_a_sto
         monkeypatch.setattr(module.time, "monotonic", lambda: later)
         with pytest.raises(StoreUnavailable):
             await controller.exchange(news)
+
+    asyncio.run(scenario())
+
+
+def test_weights_go_out_though_what_was_counted_cannot_be_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(reports: Any) -> int:
+        raise StoreUnavailable(store.url, "database is locked", "wait")
+
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["weight"] == 25)
+        news = News("g", deployed(settings(ROUTES)), reports=(report(rollout, "canary", int(time.time()), 1),))
+        assert (await controller.exchange(news)).stored
+        monkeypatch.setattr(store, "add_figures", full)
+        assert await act(controller, rollout, "abort") is None
+        told = await controller.exchange(news)
+        assert (told.by_route, told.stored) == ({}, False)
+
+    asyncio.run(scenario())
+
+
+def test_events_that_are_quicker_than_the_news_of_their_search_count(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_EVENTS_AGAIN_S", 0.0)
+
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **JUDGED)
+        await ticks_until(controller, lambda: store.get(rollout).state["weight"] == 25)
+        early = [Event("e1", "q1", "impression"), Event("e2", "q2", "click", 1)]
+        assert (await controller.events(early)).body["unknown"] == 2
+        search = Search("q1", rollout, "canary", time.time())
+        await controller.exchange(News("g", deployed(settings(ROUTES)), searches=(search,)))
+        await controller.tick()
+        assert [(c.role, c.impressions) for c in store.event_counts(rollout)] == [("canary", 1)]
+        assert not controller._early
+        for i in range(30):
+            await controller.events([Event(f"e{i}-{j}", "nobody's", "click") for j in range(1000)])
+        assert sum(len(events) for _, events in controller._early) == module._EVENTS_WAITING
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_rollout_ends_when_its_canary_is_in_no_settings_any_more(
+    promoted: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        controller = await heard(store)
+        rollout = await start(controller, **(UP if promoted else JUDGED))
+        begun = "promoted" if promoted else "step"
+        await ticks_until(controller, lambda: status(store, rollout) == begun)
+        without = deployed(settings(ROUTES))
+        del without.pipelines["canary"]
+        # Settings that are being changed are no reason yet.
+        for known in (without, deployed(settings(ROUTES)), without):
+            await controller.exchange(News("g", known))
+            await controller.tick()
+            assert status(store, rollout) == begun
+        monkeypatch.setattr(controller, "_gone_since", {rollout: time.monotonic() - module._GONE_S - 1})
+        await controller.exchange(News("g", without))
+        await ticks_until(controller, lambda: not controller._splits.by_route.get("a"))
+        assert status(store, rollout) == ("promoted" if promoted else "rolled_back")
+        assert bool(store.get(rollout).state.get("retired")) is promoted
+        assert "the pipeline 'canary' any more" in store.history(rollout)[-1].reason
+        # What comes under its name some day gets no calls by it.
+        await controller.exchange(News("g", deployed(settings(ROUTES))))
+        await controller.tick()
+        assert not controller._splits.by_route.get("a")
 
     asyncio.run(scenario())
 
