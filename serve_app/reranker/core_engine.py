@@ -15,13 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.reranker.engine import Pooled, Task, line
-from serve_app.reranker.messages import EngineError, EngineFullError
+from serve_app.reranker.engine import Pooled, Task, check_room, line
+from serve_app.reranker.messages import EngineError
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.watchdog import Watchdog
-
-# Of the calls that Serve hands over at once, those with the largest pairs_per_call would fill gigabytes.
-MOST_PROMPTS = 65_536
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +49,7 @@ class CoreEngine(ABC):
         self._params = self._verified_params({})
         self._numbers = itertools.count()
         self._waiting: dict[str, tuple[_Call, int]] = {}
+        self._waiting_tokens = 0
         self._error: str | None = None
         self._watchdog = Watchdog(self.max_batch_tokens)
 
@@ -62,13 +60,13 @@ class CoreEngine(ABC):
             raise EngineError(f"engine is dead: {self._error}")
         if not prompts:
             return Pooled(np.zeros((0, 1), np.float32), 0)
-        if len(self._waiting) + len(prompts) > MOST_PROMPTS:
-            raise EngineFullError(f"engine is full: {len(self._waiting)} prompts wait, {MOST_PROMPTS} may")
+        tokens = check_room(prompts, len(self._waiting), self._waiting_tokens)
         requests = self._requests(prompts, priority)
         done = asyncio.get_running_loop().create_future()
         call = _Call(prompts, scored, done, [None] * len(prompts), len(prompts))
         for i, request in enumerate(requests):
             self._waiting[request.request_id] = call, i
+        self._waiting_tokens += tokens
         self._watchdog.working()
         try:
             await self._submit(requests)
@@ -113,8 +111,8 @@ class CoreEngine(ABC):
         read = 0
         scored: dict[_Call, int] = {}
         for output in outputs:
+            call, i = self._take(output.request_id)
             # Unknown are those whose call was given up meanwhile.
-            call, i = self._waiting.pop(output.request_id, (None, 0))
             if call is None:
                 continue
             vector = output.pooling_output
@@ -139,7 +137,7 @@ class CoreEngine(ABC):
 
     def _refuse(self, request_id: str, error: BaseException) -> None:
         """Takes it that the core won't have a prompt."""
-        call, _ = self._waiting.pop(request_id, (None, 0))
+        call, _ = self._take(request_id)
         if call is not None:
             _fail(call, f"engine refused a prompt: {line(error)}")
 
@@ -150,10 +148,17 @@ class CoreEngine(ABC):
             _fail(call, f"engine failed: {self._error}")
 
     async def _give_up(self, request_ids: list[str]) -> None:
-        left = [request_id for request_id in request_ids if self._waiting.pop(request_id, None)]
+        left = [request_id for request_id in request_ids if self._take(request_id)[0]]
         if not self._waiting:
             self._watchdog.idle()
         await self._abort(left)
+
+    def _take(self, request_id: str) -> tuple[_Call | None, int]:
+        """Whose prompt it is and which of them, from now on not waiting any more; (None, 0) if it wasn't."""
+        call, i = self._waiting.pop(request_id, (None, 0))
+        if call is not None:
+            self._waiting_tokens -= len(call.prompts[i].ids)
+        return call, i
 
     def _requests(self, prompts: Sequence[Prompt], priority: int) -> list[Any]:
         """Raises EngineError for a prompt that would bring down the engine instead of failing."""

@@ -41,6 +41,8 @@ from serve_app.reranker.share import check_head_rows, find_shape, hub_config, ju
 
 logger = logging.getLogger("ray.serve")
 
+Builder = YesNoPrompts | PairPrompts | TextPrompts
+
 
 def application(args: RerankerArgs) -> serve.Application:
     """`Front` as the ingress, `Reranker` below it. Raises ValueError for unknown engine arguments."""
@@ -89,12 +91,13 @@ class Reranker:
         self._cards = await asyncio.to_thread(_cards, args, gpus)
         self._model = await asyncio.to_thread(resolve, args)
         starting = time.monotonic()
-        self._engine = await asyncio.to_thread(_start, args, self._model, gpus, self._cards, self._name)
+        self._prompts, self._engine = await asyncio.to_thread(
+            _load, args, self._model, gpus, self._cards, self._name
+        )
         engine_s = time.monotonic() - starting
-        self._max_model_len = self._model.longest(self._engine.max_model_len)
-        self._prompts = await asyncio.to_thread(_prompts, args, self._model, self._max_model_len)
+        self._prompts.max_model_len = self._model.longest(self._engine.max_model_len)
         self._fingerprint = scoring_fingerprint(
-            args, self._model, self._engine.dtype, self._max_model_len, _software()
+            args, self._model, self._engine.dtype, self._prompts.max_model_len, _software()
         )
         self._meter = LoadMeter(self._engine.max_batch_tokens)
         # The first batch is slower than any later one; by the second the engine's watchdog knows how fast it is.
@@ -105,7 +108,7 @@ class Reranker:
         self._reporting = asyncio.get_running_loop().create_task(report_load(self._meter))
         logger.info(
             f"Scores with {args.model} ({self._kind}, revision {self._model.revision}, {self._engine.dtype}, "
-            f"max_model_len {self._max_model_len}) after {time.monotonic() - began:.1f} s, "
+            f"max_model_len {self._prompts.max_model_len}) after {time.monotonic() - began:.1f} s, "
             f"of which the engine took {engine_s:.1f}."
         )
 
@@ -152,7 +155,7 @@ class Reranker:
             "revision": self._model.revision,
             "fingerprint": self._fingerprint,
             "dtype": self._engine.dtype,
-            "max_model_len": self._max_model_len,
+            "max_model_len": self._prompts.max_model_len,
             "unfinished": self._engine.unfinished(),
             "pid": os.getpid(),
         }
@@ -170,8 +173,9 @@ class Reranker:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             with contextlib.ExitStack() as stack:
-                # Serve kills a replica that takes too long, so that it is better stopped out of turn.
-                with contextlib.suppress(TimeoutError):
+                # Serve kills a replica that takes too long, so that it is better stopped out of turn; as where the
+                # locks' folder has gone wrong.
+                with contextlib.suppress(OSError):
                     stack.enter_context(turn(self._cards, self._name, STOP_LIMIT_S))
                 engine.close()
 
@@ -205,9 +209,17 @@ def _no_collections() -> Iterator[None]:
 
 
 @_no_collections()
-def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
+def _load(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> tuple[Builder, Engine]:
+    """Raises ValueError for a prompt or a tokenizer that won't do, before gigabytes are read. How long prompts may
+    be is still to be set: the engine says it."""
     if not gpus and args.engine.get("enforce_eager", True):
+        # Before transformers, which takes torch along.
         import_vllm_without_compiler()
+    prompts = _prompts(args, model, 0)
+    return prompts, _start(args, model, gpus, cards, name)
+
+
+def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
     built_for = device()
     card_bytes = min((card.total_bytes for card in cards), default=None)
     settings = engine_settings(args, model, built_for, gpus, cpu_has_bf16(), card_bytes)
@@ -226,7 +238,7 @@ def _software() -> str:
     return f"serve-app {__version__}, vllm {vllm.__version__}"
 
 
-def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> YesNoPrompts | PairPrompts | TextPrompts:
+def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> Builder:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(

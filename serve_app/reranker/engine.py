@@ -3,18 +3,29 @@ settings and vLLM's version."""
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.reranker.messages import EngineError
+from serve_app.reranker.messages import EngineError, EngineFullError
 from serve_app.reranker.prompt import Prompt
 
 Task = Literal["classify", "embed"]
+
+# What Serve hands over at once would fill gigabytes: calls of the largest pairs_per_call, or of the longest pairs,
+# of which a token takes 36 bytes here and more in vLLM.
+MOST_PROMPTS = 65_536
+MOST_TOKENS = 16_000_000
+
+# The last line of a traceback.
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)(?::.*)?$", re.MULTILINE)
+_STDERR_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +46,9 @@ class Engine(Protocol):
     async def pool(
         self, prompts: Sequence[Prompt], *, priority: int = 0, scored: Callable[[int], None] = lambda tokens: None
     ) -> Pooled:
-        """All prompts' vectors, in order. Raises EngineError. The first failure, or cancelling, aborts the rest
-        in the engine. Lower priorities go first. `scored` is called with the tokens of prompts that are done."""
+        """All prompts' vectors, in order. Raises EngineError; EngineFullError if too much waits already. The first
+        failure, or cancelling, aborts the rest in the engine. Lower priorities go first. `scored` is called with
+        the tokens of prompts that are done."""
         ...
 
     async def check_health(self) -> None:
@@ -65,10 +77,23 @@ def start(settings: dict[str, Any], task: Task) -> Engine:
         kind = PublicEngine
     else:
         kind = InProcessEngine if device() == "cpu" and fits_in_process(settings) else AsyncEngine
+    log = _stderr_file()
+    said_before = log.stat().st_size if log else 0
     try:
         return kind(settings, task)
     except Exception as error:
-        raise EngineError(_start_failure(error, settings)) from error
+        raise EngineError(_start_failure(error, settings, _root_cause(error, log, said_before))) from error
+
+
+def check_room(prompts: Sequence[Prompt], waiting: int, waiting_tokens: int) -> int:
+    """The tokens of `prompts`. Raises EngineFullError if they are too many beside what waits; a call whose tokens
+    alone are too many is taken where nothing waits, because else it never would be."""
+    tokens = sum(len(prompt.ids) for prompt in prompts)
+    if waiting + len(prompts) > MOST_PROMPTS:
+        raise EngineFullError(f"engine is full: {waiting} prompts wait, {MOST_PROMPTS} may")
+    if waiting_tokens and waiting_tokens + tokens > MOST_TOKENS:
+        raise EngineFullError(f"engine is full: {waiting_tokens} tokens wait, {MOST_TOKENS} may")
+    return tokens
 
 
 def fits_in_process(settings: dict[str, Any]) -> bool:
@@ -102,6 +127,8 @@ def prepare_environment(cpus: float) -> None:
     """Settings that vLLM's processes read from the environment. Call it before vLLM is imported; what the
     operator has set stays."""
     defaults = {
+        # As NVML counts; CUDA's own order has the fastest card first, where a node has several kinds.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Setting up its own logging, vLLM closes the handlers of all others, and Serve's log of the replica ends.
@@ -167,6 +194,31 @@ def line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:500]
 
 
-def _start_failure(error: BaseException, settings: dict[str, Any]) -> str:
+def _start_failure(error: BaseException, settings: dict[str, Any], root_cause: str) -> str:
     shown = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if name != "model")
-    return f"the engine can't start on {settings['model']}: {line(error)} [engine: {shown}]"
+    return f"the engine can't start on {settings['model']}: {line(error)}{root_cause} [engine: {shown}]"
+
+
+def _stderr_file() -> Path | None:
+    """Where this process and its children write errors, of a replica in Ray's session; None if that is no file."""
+    with contextlib.suppress(OSError):
+        path = Path("/proc/self/fd/2").readlink()
+        if path.is_file():
+            return path
+    return None
+
+
+def _root_cause(error: BaseException, log: Path | None, said_before: int) -> str:
+    """What an engine in a process of its own died of, which vLLM says on stderr only."""
+    if "root cause" not in str(error):
+        return ""
+    if log is None:
+        return "; the cause is on the replica's stderr"
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(said_before, log.stat().st_size - _STDERR_BYTES))
+        ends = _EXCEPTION.findall(file.read().decode("utf-8", "replace"))
+        # Those that wait for the process that failed point at its error too.
+        causes = [end for end in ends if "root cause" not in end]
+        if causes:
+            return f"; the cause, from {log}: {causes[-1][:500]}"
+    return f"; the cause is in {log}"

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -78,18 +79,38 @@ def wait_for_memory(cards: Sequence[Card], needed_bytes: int, limit_s: float = _
 @contextlib.contextmanager
 def turn(cards: Sequence[Card], who: str, limit_s: float = START_LIMIT_S) -> Iterator[None]:
     """Holds these GPUs' locks, which the system releases when the process dies; nothing to hold without GPUs.
-    Raises TimeoutError after `limit_s`, naming who holds one."""
+    Raises TimeoutError after `limit_s`, naming who holds one, and PermissionError where others could write to the
+    locks' folder."""
     if not cards:
         yield
         return
-    folder = Path(tempfile.gettempdir(), f"serve-app-gpu-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = _lock_folder()
     give_up_at = time.monotonic() + limit_s
     with contextlib.ExitStack() as stack:
         # In one order everywhere, so that two replicas over the same GPUs can't wait for each other.
         for uuid in sorted({card.uuid for card in cards}):
             stack.enter_context(_locked(folder / f"{uuid}.lock", uuid, who, give_up_at, limit_s))
         yield
+
+
+def _lock_folder() -> Path:
+    folder = Path(tempfile.gettempdir(), f"serve-app-gpu-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    # The temporary folder is everybody's, so that somebody else may have come first.
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is no folder, or a link to one"
+    elif found.st_uid != os.getuid():
+        problem = f"belongs to user {found.st_uid}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"has mode {stat.S_IMODE(found.st_mode):o}"
+    else:
+        return folder
+    raise PermissionError(
+        f"{folder} {problem}; turns on a GPU need a folder that only user {os.getuid()} can write to: remove it, "
+        "or set TMPDIR"
+    )
 
 
 @contextlib.contextmanager
@@ -140,7 +161,24 @@ def _nvml() -> Iterator[Any]:
 
 
 def _handle(nvml: Any, name: str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    if name.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    card = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    try:
+        current, _ = nvml.nvmlDeviceGetMigMode(card)
+    except nvml.NVMLError:
+        # Not a card that MIG can divide.
+        return card
+    return _first_part(nvml, card) if current else card
+
+
+def _first_part(nvml: Any, card: Any) -> Any:
+    """What CUDA takes of a card that MIG has divided and that is named as a whole."""
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
+        # Parts that were given back leave gaps.
+        with contextlib.suppress(nvml.NVMLError_NotFound):
+            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
+    raise nvml.NVMLError_NotFound
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int, int]:

@@ -15,6 +15,12 @@ from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _SAFE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+# As vLLM knows them (`_DENSE_MODULE_TYPES` in transformers_utils/config.py).
+_DENSE_TYPES = (
+    "sentence_transformers.models.Dense",
+    "sentence_transformers.base.modules.dense.Dense",
+    "pylate.models.Dense.Dense",
+)
 _ENCODERS = ("bert", "roberta", "electra", "mpnet", "nomic", "gte", "new")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 # Of each tensor, so that a head that was trained alone is seen among gigabytes that weren't.
@@ -94,7 +100,9 @@ def resolve(args: RerankerArgs) -> Model:
     else:
         files = fingerprint(folder)
         model = Model(folder, config, (digest or files)[:16], f"{files} {digest}")
-    _check_architecture(args.kind, model)
+    _check_architecture(args, model)
+    if args.kind == "bi-encoder":
+        _check_dense(args.model, folder)
     return model
 
 
@@ -105,9 +113,10 @@ def fingerprint(folder: Path) -> str:
     small = [path for kind in ("*.json", "*/*.json", "*.txt", "*.model", "*.py") for path in folder.glob(kind)]
     for path in sorted(small):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    weights = ("*.safetensors", "*/*.safetensors", "*.bin", "*/*.bin")
+    for path in sorted(path for kind in weights for path in folder.glob(kind)):
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}".encode())
         with path.open("rb") as file:
             for i in range(_SAMPLES):
                 file.seek(size * i // _SAMPLES)
@@ -151,9 +160,11 @@ def _tensors(file: BinaryIO) -> list[tuple[int, int]]:
 def _folder(args: RerankerArgs) -> tuple[Path, str | None]:
     name = args.model
     if name.startswith("package:"):
+        _refuse_revision(args, "in a package")
         return _in_package(name), None
     path = Path(name).expanduser()
     if path.exists() or name.startswith(("/", ".", "~")):
+        _refuse_revision(args, "a path")
         return path, None
     if not _HUB_ID.match(name):
         raise ValueError(
@@ -163,6 +174,14 @@ def _folder(args: RerankerArgs) -> tuple[Path, str | None]:
     # Python files only where the operator lets the engine run them.
     own_code = ["*.py"] if args.engine.get("trust_remote_code") else []
     return _download(name, args.revision, [*_SAFE_FILES, *own_code])
+
+
+def _refuse_revision(args: RerankerArgs, where: str) -> None:
+    if args.revision is not None:
+        raise ValueError(
+            f"revision is {args.revision!r}, but model is {args.model!r}, which is {where}; revisions are for "
+            "models on the hub, and sha256 is for others"
+        )
 
 
 def _in_package(name: str) -> Path:
@@ -189,8 +208,13 @@ def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, 
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["onnx/*"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*files, "*.bin"]))
+        more = [] if any(folder.glob("*.safetensors")) else ["*.bin"]
+        # Beside weights in safetensors, the projection of a bi-encoder is often in the older format.
+        unsafe = (path for path in _dense_paths(folder) if not (folder / path / "model.safetensors").is_file())
+        more += [f"{path}/pytorch_model.bin" for path in unsafe]
+        if more:
+            # Of the same commit, though the branch may have moved meanwhile.
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[*files, *more]))
     except GatedRepoError as error:
         raise OSError(
             f"model is {name!r}, which needs a grant on the hub; set HF_TOKEN ({_line(error)})"
@@ -222,22 +246,52 @@ def _checked_sha256(folder: Path, expected: str) -> str:
     return seen
 
 
-def _check_architecture(kind: str, model: Model) -> None:
-    name = model.architecture
+def _dense_paths(folder: Path) -> list[str]:
+    """Folders of the Sentence Transformers modules that project a bi-encoder's embeddings."""
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    modules = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(modules, dict):
+        modules = modules.get("modules", [])
+    return [str(module.get("path", "")) for module in modules if module.get("type") in _DENSE_TYPES]
+
+
+def _check_dense(name: str, folder: Path) -> None:
+    for path in _dense_paths(folder):
+        module = folder / path
+        weights = [module / file for file in ("model.safetensors", "pytorch_model.bin")]
+        if not (module / "config.json").is_file() or not any(file.is_file() for file in weights):
+            # vLLM would leave out the projection and say so in a log at most.
+            raise ValueError(
+                f"model is {name!r}, whose modules.json has the Dense module {path!r}, but {module} lacks "
+                "config.json, or both model.safetensors and pytorch_model.bin"
+            )
+
+
+def _check_architecture(args: RerankerArgs, model: Model) -> None:
+    kind, name, model_type = args.kind, model.architecture, str(model.config.get("model_type", ""))
     classifies = name.endswith("ForSequenceClassification")
-    encodes = (
-        str(model.config.get("model_type", "")).replace("-", "").startswith(_ENCODERS) or "bert" in name.lower()
-    )
+    encodes = model_type.replace("-", "").startswith(_ENCODERS) or "bert" in name.lower()
     if kind == "qwen3-reranker" and (encodes or not (model.is_causal or classifies)):
         raise ValueError(
             f"kind is qwen3-reranker, but the model's architecture is {name}; allowed: a …ForCausalLM, "
             "or one converted to …ForSequenceClassification. Is it a cross-encoder or a bi-encoder?"
         )
+    if kind == "qwen3-reranker" and model_type != "qwen3" and args.prompt is None:
+        raise ValueError(
+            f"kind is qwen3-reranker, but the model's model_type is {model_type!r}; that kind puts a pair as "
+            "`<Instruct>: …\\n<Query>: …\\n<Document>: …` into Qwen3-Reranker's prompt and reads yes and no, and "
+            "other families were trained with other prompts. For one that was trained with this, set `prompt` "
+            "(prompt: {} for Qwen3-Reranker's own)"
+        )
     if kind == "cross-encoder" and not classifies:
-        other = "qwen3-reranker" if model.is_causal else "bi-encoder"
+        others = "" if model.is_causal else " Is it a bi-encoder?"
+        if model.is_causal and model_type == "qwen3":
+            others = " Is it a qwen3-reranker?"
         raise ValueError(
             f"kind is cross-encoder, but the model's architecture is {name}; "
-            f"allowed: a …ForSequenceClassification. Is it a {other}?"
+            f"allowed: a …ForSequenceClassification.{others}"
         )
     if kind == "bi-encoder" and classifies:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a model reads: token ids for each document of a call, built from pieces that are encoded once.
 
-One class for each kind of model; all have `build(request) -> Prompts`. Only document tokens are ever cut.
+One class for each kind of model; all have `build(request) -> Prompts`, and `max_model_len`, which may be set when
+the engine has said it. Only document tokens are ever cut.
 Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says.
 """
 
@@ -59,7 +60,7 @@ class YesNoPrompts:
         self._plain = plain(tokenizer)
         self._prefix, self._suffix = encode_batch(unbounded(tokenizer), [prompt.prefix, prompt.suffix])
         self._instruction = instruction
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._cuts = self._can_cut()
 
     def build(self, request: ScoreRequest) -> Prompts:
@@ -67,8 +68,8 @@ class YesNoPrompts:
         instruction = self._instruction if request.instruction is None else request.instruction
         head = f"<Instruct>: {instruction}\n<Query>: {request.query}\n<Document>:"
         head_ids = encode_batch(self._plain, [head])[0]
-        middle_limit = self._max_model_len - len(self._prefix) - len(self._suffix)
-        room = _room(middle_limit - len(head_ids), self._max_model_len, "instruction, query and template")
+        middle_limit = self.max_model_len - len(self._prefix) - len(self._suffix)
+        room = _room(middle_limit - len(head_ids), self.max_model_len, "instruction, query and template")
         limit = min(room, request.max_tokens_per_doc or room)
         if self._cuts:
             before = self._prefix + head_ids
@@ -103,13 +104,13 @@ class PairPrompts:
         self._template = pair_template(tokenizer)
         self._typed = token_types and self._template.typed
         self._plain = plain(tokenizer)
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
 
     def build(self, request: ScoreRequest) -> Prompts:
         """Raises PromptTooLongError if the query leaves no room for a document."""
         query, *documents = encode_batch(self._plain, [request.query, *request.documents])
         template = self._template
-        room = _room(self._max_model_len - len(template) - len(query), self._max_model_len, "query and template")
+        room = _room(self.max_model_len - len(template) - len(query), self.max_model_len, "query and template")
         limit = min(room, request.max_tokens_per_doc or room)
         head = template.before + query + template.between
         second_from = len(head) if self._typed else None
@@ -131,16 +132,16 @@ class TextPrompts:
         # Of a prefix that ends in a space, that space is part of the document's first token.
         same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, before_a_word, strict=False))
         self._prefix_tokens = len(list(same))
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
 
     def build(self, request: ScoreRequest) -> Prompts:
         """Raises PromptTooLongError if the query doesn't fit."""
         texts = [self._query_prefix + request.query, *(self._document_prefix + d for d in request.documents)]
         query, *documents = encode_batch(self._plain, texts)
-        room = self._max_model_len - len(self._template)
+        room = self.max_model_len - len(self._template)
         if len(query) > room:
             raise PromptTooLongError(
-                f"query and template take {len(self._template) + len(query)} of the model's {self._max_model_len} "
+                f"query and template take {len(self._template) + len(query)} of the model's {self.max_model_len} "
                 "tokens (max_model_len)"
             )
         limit = min(room, self._prefix_tokens + (request.max_tokens_per_doc or room))

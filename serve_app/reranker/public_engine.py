@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.reranker.engine import Pooled, Task, between_steps, line, vllm_args
+from serve_app.reranker.engine import Pooled, Task, between_steps, check_room, line, vllm_args
 from serve_app.reranker.messages import EngineError
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.watchdog import Watchdog
@@ -29,13 +29,14 @@ class PublicEngine:
         self._params_type, self._task = PoolingParams, task
         self._priorities = config.scheduler_config.policy == "priority"
         self._watchdog = Watchdog(self.max_batch_tokens)
-        self._waiting = 0
+        self._waiting = self._waiting_tokens = 0
 
     async def pool(
         self, prompts: Sequence[Prompt], *, priority: int = 0, scored: Callable[[int], None] = lambda tokens: None
     ) -> Pooled:
         if not prompts:
             return Pooled(np.zeros((0, 1), np.float32), 0)
+        tokens = check_room(prompts, self._waiting, self._waiting_tokens)
         call = uuid.uuid4().hex
 
         async def one(prompt: Prompt, request_id: str) -> tuple[npt.NDArray[np.float32], int]:
@@ -45,6 +46,7 @@ class PublicEngine:
             return vector, cached
 
         self._waiting += len(prompts)
+        self._waiting_tokens += tokens
         self._watchdog.working()
         try:
             async with asyncio.TaskGroup() as group:
@@ -53,6 +55,7 @@ class PublicEngine:
             raise EngineError(f"engine failed: {line(errors.exceptions[0])}") from errors.exceptions[0]
         finally:
             self._waiting -= len(prompts)
+            self._waiting_tokens -= tokens
             if not self._waiting:
                 self._watchdog.idle()
         results = [task.result() for task in tasks]

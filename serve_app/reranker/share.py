@@ -53,15 +53,18 @@ def find_shape(args: RerankerArgs, online: Callable[[str, str | None], dict[str,
         # The hash is checked when the model is loaded; here it would mean reading the weights.
         model = resolve(args.model_copy(update={"sha256": None}))
         return Shape(model.config, stored_parameters(model) or memory.parameters(model.config), "folder")
+    from huggingface_hub.errors import HFValidationError
+
     if args.model in _PUBLISHED:
         config: dict[str, Any] | None = _published(args.model)
         source = "built-in table"
     else:
-        config, source = _cached(args), "hub cache"
-    if config is None and online is not None:
         try:
-            config, source = online(args.model, args.revision), "hub"
-        except OSError:
+            config, source = _cached(args), "hub cache"
+            if config is None and online is not None:
+                config, source = online(args.model, args.revision), "hub"
+        except (OSError, HFValidationError):
+            # The latter of what is no hub id, as a path on another machine.
             config = None
     if config is None:
         raise ValueError(

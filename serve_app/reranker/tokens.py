@@ -80,7 +80,7 @@ def pair_template(tokenizer: Tokenizer) -> Template:
     if document[0] < query[-1] or not between:
         raise ValueError(
             "the model's tokenizer has no template for pairs, so it is no cross-encoder of BERT's kind; "
-            "use kind: qwen3-reranker for yes/no rerankers"
+            "Qwen3-Reranker's kind is qwen3-reranker"
         )
     expected = [0] * document[0] + [1] * (len(ids) - document[0])
     if any(types) and types != expected:

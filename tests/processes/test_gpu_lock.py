@@ -137,16 +137,55 @@ def test_a_fork_of_the_holder_doesn_t_keep_the_turn() -> None:
         os.waitpid(child, 0)
 
 
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        ("open", "has mode 777"),
+        ("link", "is no folder, or a link to one"),
+        ("dangling link", "is no folder, or a link to one"),
+        ("file", "is no folder, or a link to one"),
+    ],
+)
+def test_a_folder_that_others_can_write_to_holds_no_locks(tmp_path: Path, made: str, problem: str) -> None:
+    folder, elsewhere = tmp_path / f"serve-app-gpu-{os.getuid()}", tmp_path / "elsewhere"
+    if made == "open":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif made == "file":
+        folder.touch()
+    else:
+        folder.symlink_to(elsewhere)
+        if made == "link":
+            elsewhere.mkdir()
+    with pytest.raises(PermissionError, match=f"{folder} {problem}; .* remove it"), turn([CARD], "mine", 0):
+        pass
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_a_folder_of_somebody_else_s_holds_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = os.getuid()
+    monkeypatch.setattr(gpu.os, "getuid", lambda: mine + 1)
+    (tmp_path / f"serve-app-gpu-{mine + 1}").mkdir(mode=0o700)
+    with (
+        pytest.raises(PermissionError, match=f"belongs to user {mine}; .* only user {mine + 1} can"),
+        turn([CARD], "mine", 0),
+    ):
+        pass
+
+
 class Nvml:
-    """Two cards of 80 GiB, of which the driver keeps one."""
+    """Two cards of 80 GiB, of which the driver keeps one. `parts` are what MIG made of the second, by index."""
 
     class NVMLError(Exception):
         pass
 
+    class NVMLError_NotFound(NVMLError):
+        pass
+
     nvmlMemory_v2 = 2
 
-    def __init__(self, free_gib: float, old: bool = False) -> None:
-        self.free, self.old = int(free_gib * GIB), old
+    def __init__(self, free_gib: float, old: bool = False, parts: dict[int, str] | None = None) -> None:
+        self.free, self.old, self.parts = int(free_gib * GIB), old, parts
 
     def nvmlDeviceGetCount(self) -> int:
         return 2
@@ -157,13 +196,28 @@ class Nvml:
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         return uuid
 
+    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
+        if handle == "GPU-a":
+            raise self.NVMLError("Not Supported")
+        # Since, and after, the next reset.
+        return [int(self.parts is not None), 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, index: int) -> str:
+        if index not in (self.parts or {}):
+            raise self.NVMLError_NotFound
+        return (self.parts or {})[index]
+
     def nvmlDeviceGetUUID(self, handle: str) -> str:
         return handle
 
     def nvmlDeviceGetMemoryInfo(self, handle: str, version: int | None = None) -> Any:
         if version and self.old:
             raise self.NVMLError("driver too old")
-        return SimpleNamespace(total=80 * GIB, reserved=GIB, free=self.free)
+        size = 10 if handle.startswith("MIG-") else 80
+        return SimpleNamespace(total=size * GIB, reserved=GIB, free=self.free)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
         return [SimpleNamespace(pid=4242, usedGpuMemory=60 * GIB)]
@@ -184,7 +238,6 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("1", 1, ["GPU-b"]),
         ("1,0", 2, ["GPU-b", "GPU-a"]),
         ("GPU-c", 1, ["GPU-c"]),
-        ("MIG-d", 1, ["MIG-d"]),
         ("", 1, []),
         (None, 2, ["GPU-a", "GPU-b"]),
         (None, 1, ["GPU-a"]),
@@ -198,6 +251,23 @@ def test_cards_are_those_that_ray_made_visible(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_cards(count) == [Card(uuid, 79 * GIB) for uuid in uuids]
+
+
+@pytest.mark.parametrize("visible", ["1", "GPU-b", "MIG-first"])
+def test_of_a_card_that_mig_has_divided_the_first_part_counts(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    nvml(Nvml(40, parts={2: "MIG-first", 3: "MIG-second"}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_cards(1) == [Card("MIG-first", 9 * GIB)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_cards(1) == [Card("GPU-a", 79 * GIB)]
+
+
+def test_a_divided_card_without_parts_is_used_unchecked(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml(Nvml(40, parts={}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert visible_cards(1) == []
 
 
 def test_old_drivers_do_not_say_what_they_keep(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from serve_app.config import RerankerArgs
-from serve_app.reranker import core_engine
 from serve_app.reranker import engine as engines_module
 from serve_app.reranker.async_engine import AsyncEngine
 from serve_app.reranker.core_engine import CoreEngine, foreign_core
@@ -278,17 +277,17 @@ def test_live_calls_go_before_mirrored_ones(running: Running) -> None:
     assert done < 150_000
 
 
-def test_an_engine_with_too_much_to_do_says_so(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_engine, "MOST_PROMPTS", 100)
+def test_an_engine_with_too_much_to_do_says_so(any_kind: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines_module, "MOST_PROMPTS", 100)
 
     async def too_many() -> None:
-        first = asyncio.create_task(running.engine.pool(prompts(90)))
+        first = asyncio.create_task(any_kind.engine.pool(prompts(90)))
         await asyncio.sleep(0)
         with pytest.raises(EngineFullError, match="90 prompts wait, 100 may"):
-            await running.engine.pool(prompts(11))
+            await any_kind.engine.pool(prompts(11))
         await first
 
-    running.run(too_many())
+    any_kind.run(too_many())
 
 
 @contextlib.contextmanager

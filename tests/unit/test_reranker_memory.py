@@ -410,6 +410,15 @@ def test_models_that_no_one_knows_are_named() -> None:
         find_shape(args("someone/unknown"))
 
 
+@pytest.mark.parametrize("name", ["/models/x", "./x", "~/no-such-model", "a/b/c"])
+def test_a_path_on_another_machine_is_in_no_folder_here(name: str) -> None:
+    def online(name: str, revision: str | None) -> dict[str, Any]:
+        raise AssertionError("asked the hub")
+
+    with pytest.raises(ValueError, match=f"model is '{name}', whose config.json is in no folder here"):
+        find_shape(args(name), online)
+
+
 def test_published_rerankers_are_known_without_the_hub_and_others_are_asked_for() -> None:
     def down(name: str, revision: str | None) -> dict[str, Any]:
         raise OSError("no network")

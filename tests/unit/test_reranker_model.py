@@ -128,6 +128,79 @@ def test_a_hub_model_s_own_code_comes_only_where_it_is_trusted(
     assert {path.name for path in folder.iterdir()} == set(hub) - (set() if trusted else {"modeling_own.py"})
 
 
+DENSE = [{"path": "", "type": "sentence_transformers.models.Transformer"},
+         {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_a_bi_encoder_s_projection_comes_in_either_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = {"config.json": json.dumps({"architectures": ["BertModel"]}), "model.safetensors": "w",
+           "modules.json": json.dumps(DENSE), "2_Dense/config.json": "{}", f"2_Dense/{weights}": "d",
+           "pytorch_model.bin": "w"}  # fmt: skip
+    revisions = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str], **settings: Any) -> str:
+        revisions.append(revision)
+        for file, content in hub.items():
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / commit / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / commit / file).write_text(content)
+        return str(tmp_path / commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = resolve(args("someone/projects", "bi-encoder", revision="main")).folder
+    assert {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()} == set(hub) - {
+        "pytorch_model.bin"
+    }
+    assert revisions == (["main", commit] if weights == "pytorch_model.bin" else ["main"])
+
+
+@pytest.mark.parametrize("missing", ["config.json", "pytorch_model.bin"])
+def test_a_bi_encoder_without_its_projection_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = make(tmp_path / "m", {"architectures": ["BertModel"]})
+    (folder / "modules.json").write_text(json.dumps(DENSE))
+    (folder / "2_Dense").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (folder / "2_Dense" / name).write_text("{}")
+    resolve(args(folder, "bi-encoder"))
+    (folder / "2_Dense" / missing).unlink()
+    with pytest.raises(
+        ValueError, match=r"has the Dense module '2_Dense', but .*2_Dense lacks config.json, or both"
+    ):
+        resolve(args(folder, "bi-encoder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("{folder}", "which is a path"), (MINILM, "which is in a package")],
+)
+def test_a_revision_is_for_the_hub(tmp_path: Path, name: str, message: str) -> None:
+    folder = make(tmp_path / "m", QWEN)
+    with pytest.raises(ValueError, match=rf"revision is 'v2', but model is .*, {message}"):
+        resolve(args(name.format(folder=folder), revision="v2"))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen2ForSequenceClassification"])
+def test_rerankers_of_other_families_have_other_prompts(tmp_path: Path, architecture: str) -> None:
+    config = {"architectures": [architecture], "model_type": "qwen2", "id2label": {"0": "x"}}
+    folder = make(tmp_path / "m", config)
+    with pytest.raises(ValueError, match=r"model_type is 'qwen2'; .*<Instruct>: .*set `prompt`"):
+        resolve(args(folder))
+    assert resolve(args(folder, prompt={})).architecture == architecture
+    assert resolve(args(folder, prompt={"yes": "1", "no": "0"})).architecture == architecture
+
+
+def test_what_cannot_be_a_qwen3_reranker_is_not_taken_for_one(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"})
+    with pytest.raises(ValueError, match=r"allowed: a …ForSequenceClassification\.$"):
+        resolve(args(folder, "cross-encoder"))
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
@@ -185,6 +258,25 @@ def test_a_fingerprint_sees_all_files_that_make_a_score(tmp_path: Path, name: st
     (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "m" / name).write_text("{}")
     assert fingerprint(tmp_path / "m") != first
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_fingerprint_sees_the_weights_of_modules(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "m", BERT)
+    (folder / "2_Dense").mkdir()
+    seen = set()
+    for weights in (None, b"a", b"b"):
+        if weights is not None:
+            (folder / "2_Dense" / name).write_bytes(weights)
+        seen.add(fingerprint(folder))
+    assert len(seen) == 3
+
+
+def test_fingerprints_stay_what_they_were(tmp_path: Path) -> None:
+    """Another one computes all scores again."""
+    folder = make(tmp_path / "m", BERT)
+    (folder / "pytorch_model.bin").write_bytes(b"w" * 100)
+    assert fingerprint(folder) == "457e364c278b5f7bec8393dd9182024af7d12c03874375218bb31d86959ef9dc"
 
 
 SCORING = Model(Path("m"), QWEN, "r1", "c1")
