@@ -85,25 +85,30 @@ def _from_yaml(text: str, path: str) -> list[Key]:
     try:
         parsed = strictyaml.parse(text)
     except strictyaml.YamlError as error:
-        raise KeysError(error.within(path)) from None
+        # Its message may quote what stands there.
+        line = f", line {error.line}" if error.line else ""
+        raise KeysError(f"{path}{line}: is not valid YAML, or a name stands twice") from None
     # An empty file would open the gateway to everybody.
     if not isinstance(parsed, dict) or not parsed:
         raise KeysError(f"{path}: is no mapping of names to keys, or has none")
-    return [_key(str(name), value, path) for name, value in parsed.items()]
+    return [
+        _key(str(name), value, f"{path}, entry {number}") for number, (name, value) in enumerate(parsed.items(), 1)
+    ]
 
 
-def _key(name: str, value: Any, path: str) -> Key:
+def _key(name: str, value: Any, place: str) -> Key:
+    """Where anything is wrong, whatever was given may be a key that stands in the wrong place."""
     given = value if isinstance(value, dict) else {"sha256": value}
     if not _NAME.fullmatch(name):
-        raise KeysError(f"{path}: {name[:80]!r} is no name for a key; allowed: letters, digits, . _ -")
-    if unknown := given.keys() - {"sha256", "pairs_per_s"}:
-        raise KeysError(f"{path}: {name} has {', '.join(map(str, unknown))}; allowed: sha256, pairs_per_s")
+        raise KeysError(f"{place}: this is no name for a key; allowed: letters, digits, . _ -")
+    if given.keys() - {"sha256", "pairs_per_s"}:
+        raise KeysError(f"{place}: has something unknown; allowed: sha256, pairs_per_s")
     sha256 = str(given.get("sha256", "")).removeprefix("sha256:").lower()
     if not _SHA256.fullmatch(sha256):
-        raise KeysError(f"{path}: {name} has no sha256 of 64 hexadecimal digits (serve-app key {name} makes one)")
+        raise KeysError(f"{place}: has no sha256 of 64 hexadecimal digits (serve-app key NAME makes one)")
     rate = given.get("pairs_per_s")
     if rate is not None and not (isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < 1e12):
-        raise KeysError(f"{path}: {name}.pairs_per_s is {rate!r}; allowed: a number above 0")
+        raise KeysError(f"{place}: pairs_per_s is no number above 0")
     return Key(name, sha256, None if rate is None else float(rate))
 
 
@@ -115,7 +120,7 @@ def _from_list(text: str) -> list[Key]:
             raise KeysError(f"{API_KEYS}: entry {i + 1} is not NAME:KEY")
         if len(key) < _LEAST_LENGTH:
             raise KeysError(
-                f"{API_KEYS}: the key of {name} has {len(key)} characters; allowed: {_LEAST_LENGTH} and more"
+                f"{API_KEYS}: the key of entry {i + 1} has {len(key)} characters; least: {_LEAST_LENGTH}"
             )
         keys.append(Key(name, hashed(key)))
     return keys

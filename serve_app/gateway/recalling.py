@@ -74,9 +74,11 @@ class Recalling:
         return self._cache.size_bytes
 
     def configure(self, settings: Cache | None) -> None:
-        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does."""
+        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does and
+        its time isn't cut."""
+        old = self._settings
         max_bytes = settings.recall_max_bytes if settings else 0
-        if max_bytes != self._cache.max_bytes:
+        if max_bytes != self._cache.max_bytes or (settings and old and settings.ttl_s < old.ttl_s):
             self._cache = CandidateCache(max_bytes)
         self._settings = settings
 

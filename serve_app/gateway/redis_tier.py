@@ -81,6 +81,7 @@ class RedisTier:
         self._last_error = ""
         self._refuses_writes = False
         self._reading = asyncio.Semaphore(_READS_AT_ONCE)
+        self._reads: set[asyncio.Task[Any]] = set()
         # Keys and values as the script takes them.
         self._unwritten: deque[tuple[bytes, bytes]] = deque()
         self._waiting = 0
@@ -104,9 +105,11 @@ class RedisTier:
             # What is left by other stages of the call may be too little for any server.
             telling = patience.left_s > Patience().left_s / 2
             failed: bool | None = None
-            # A task, so that nothing the client does when it is given up is waited for.
-            reading = asyncio.get_running_loop().create_task(self._read_all(keys))
-            reading.add_done_callback(_seen)
+            # A task, which isn't cancelled when the call gives up: a connection that takes longer to open would
+            # never be there.
+            reading = asyncio.get_running_loop().create_task(self._read_all(keys, started + patience.left_s))
+            self._reads.add(reading)
+            reading.add_done_callback(self._seen)
             try:
                 done, _ = await asyncio.wait((reading,), timeout=patience.left_s)
                 if not done:
@@ -116,7 +119,6 @@ class RedisTier:
                 failed = telling or None
                 self._failed(error)
             finally:
-                reading.cancel()
                 patience.left_s -= time.monotonic() - started
                 self._breaker.settle(call, failed)
                 self._say()
@@ -138,18 +140,30 @@ class RedisTier:
         self._to_write.set()
 
     async def close(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
+        for task in (self._running, *self._reads):
+            if task is not None:
+                task.cancel()
         with contextlib.suppress(Exception):
             await self._redis.aclose()
 
-    async def _read_all(self, keys: Keys) -> Any:
+    async def _read_all(self, keys: Keys, until: float) -> Any:
+        """After `until`, a time of the monotonic clock, the call has given up: then nothing is begun, and what
+        comes is no success."""
         async with self._reading:
             chunks = []
             for i in range(0, len(keys), _CHUNK):
+                if time.monotonic() >= until:
+                    raise TimeoutError("no time was left for a read")
                 chunks.append(await self._get(keys[i : i + _CHUNK]))
-                self._breaker.succeeded()
+                if time.monotonic() < until:
+                    self._breaker.succeeded()
             return np.concatenate(chunks)
+
+    def _seen(self, read: asyncio.Task[Any]) -> None:
+        """Whatever it raised, after nobody waited for it any more."""
+        self._reads.discard(read)
+        if not read.cancelled():
+            read.exception()
 
     async def _get(self, keys: Keys) -> Any:
         return np.frombuffer(await self._read([], [keys.tobytes()]), _VALUE, len(keys))
@@ -177,7 +191,14 @@ class RedisTier:
                 self._unwritten.clear()
                 self._waiting = 0
                 await asyncio.sleep(self._pause_s)
-                # As fast as a call would need it.
+                # The first read may have to open a connection, which takes longer (names, TLS) and then stays.
+                try:
+                    async with asyncio.timeout(_TIMEOUT_S):
+                        await self._get(probe)
+                except Exception as error:
+                    self._failed(error)
+                    continue
+                # The second is to be as fast as a call would need it.
                 await self._try(partial(self._get, probe), Patience().left_s)
 
     async def _try(self, command: Callable[[], Awaitable[Any]], timeout_s: float) -> Exception | None:
@@ -214,9 +235,3 @@ class RedisTier:
             self._back_at = time.monotonic()
             logger.info("the score cache's Redis is back")
         self._out = out
-
-
-def _seen(task: asyncio.Task[Any]) -> None:
-    """Whatever it raised, after nobody waited for it any more."""
-    if not task.cancelled():
-        task.exception()

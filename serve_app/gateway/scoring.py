@@ -90,12 +90,12 @@ class Scoring:
         self._pairs: Counter[str] = Counter()
 
     def configure(self, settings: Cache | None) -> None:
-        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does. Raises
-        MemoryError for a `max_bytes` that the machine hasn't."""
+        """Puts `settings` in force; None turns the cache off. What is cached stays where its size does and
+        its time isn't cut. Raises MemoryError for a `max_bytes` that the machine hasn't."""
         old = self._settings
         if settings == old:
             return
-        if settings is None or old is None or settings.max_bytes != old.max_bytes:
+        if not settings or not old or settings.max_bytes != old.max_bytes or settings.ttl_s < old.ttl_s:
             # Without memory for it, all stays as it was.
             self._table = ScoreTable(settings.max_bytes) if settings else None
         self._settings = settings

@@ -111,7 +111,9 @@ class Actions:
         try:
             answer = await self._gateway.rerank(key, body)
         except Trouble as trouble:
-            return markup.column(query, markup.notice(str(trouble))), []
+            # It may be the query that can't be sent; then it can't be shown, either.
+            shown = query.encode(errors="replace").decode()
+            return markup.column(shown, markup.notice(str(trouble))), []
         results = answer["results"]
         ranked = [
             Ranked(query, rank, float(result["relevance_score"]), documents[result["index"]])

@@ -71,6 +71,8 @@ class Gateway:
             headers["Authorization"] = f"Bearer {key}"
         try:
             response = await self._http.request(method, f"{self.url}{path}", json=body, headers=headers)
+        except UnicodeEncodeError:
+            raise Trouble("What was entered has half a surrogate pair, which is no character.") from None
         except httpx.TimeoutException:
             raise Trouble(f"The gateway at {self.url} did not answer in time. Try again in a moment.") from None
         except (httpx.HTTPError, httpx.InvalidURL):

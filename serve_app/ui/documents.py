@@ -4,12 +4,16 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_QUERIES = 64
+# Characters of one CSV field; a page's event holds no more (doors.py).
+_MAX_FIELD = 16 * 2**20
 _END_OF_LINE = re.compile(r"\r\n|\r|\n")
+# One by itself is no character, and UTF-8 has no bytes for it.
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _TEXT = ("text", "document", "passage", "content")
 _ID = ("id", "_id", "doc_id")
 
@@ -39,18 +43,25 @@ def read(text: str) -> list[Batch]:
     """Batches of `text`, in the order in which queries appear. It may be
 
     - JSON Lines: strings, objects with `text` (and `id`, `query`), or objects with `query` and `documents`;
+    - a JSON array of the same;
     - CSV whose first line names a column `text` or `document` (and `id`, `query`);
     - anything else: one document a line.
 
     Raises DocumentsError.
     """
+    csv.field_size_limit(_MAX_FIELD)
     text = text.removeprefix("\ufeff")
     # Not what else `splitlines` takes for an end of line: JSON and scraped texts hold such characters.
     lines = [(number, line) for number, line in enumerate(_END_OF_LINE.split(text), 1) if line.strip()]
-    if not lines:
+    items = _array(text)
+    if not lines or items == []:
         raise DocumentsError("there are no documents; give one a line, or JSON Lines, or CSV")
-    if lines[0][1].lstrip()[0] in '{"' and _is_json(lines[0][1]):
-        batches = _from_json_lines(lines)
+    for number, line in lines:
+        _check(f"line {number}", line)
+    if items is not None:
+        batches = _from_json((f"item {number}", item) for number, item in enumerate(items, 1))
+    elif lines[0][1].lstrip()[0] in '{"' and _is_json(lines[0][1]):
+        batches = _from_json(_rows(lines))
     elif (columns := _columns(lines[0][1])) is not None:
         batches = _from_csv(text, columns)
     else:
@@ -71,32 +82,57 @@ def _is_json(line: str) -> bool:
         return line.lstrip().startswith("{")
 
 
-def _from_json_lines(lines: Iterable[tuple[int, str]]) -> list[Batch]:
-    batches: dict[str | None, Batch] = {}
+def _array(text: str) -> list[Any] | None:
+    """Items of a JSON array of objects and strings; None where the text is none."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return items if all(isinstance(item, str | dict) for item in items) else None
+
+
+def _check(place: str, text: str) -> None:
+    """Raises DocumentsError for what can't be sent."""
+    if _HALF_PAIR.search(text):
+        raise DocumentsError(f"{place}: has half a surrogate pair, which is no character")
+
+
+def _rows(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Any]]:
     for number, line in lines:
         try:
-            row = json.loads(line)
+            yield f"line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DocumentsError(f"line {number}: is not valid JSON: {error}") from None
+
+
+def _from_json(rows: Iterable[tuple[str, Any]]) -> list[Batch]:
+    """Of rows, each with its place in words."""
+    batches: dict[str | None, Batch] = {}
+    for place, row in rows:
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise DocumentsError(f"line {number}: is neither an object nor a string")
+            raise DocumentsError(f"{place}: is neither an object nor a string")
         query = row.get("query")
         if query is not None and not isinstance(query, str):
-            raise DocumentsError(f"line {number}: query is no text")
+            raise DocumentsError(f"{place}: query is no text")
+        _check(place, query or "")
         batch = batches.setdefault(query, Batch(query))
         documents = row.get("documents")
         if documents is None:
             documents = [row]
         elif not isinstance(documents, list):
-            raise DocumentsError(f"line {number}: documents is no list")
+            raise DocumentsError(f"{place}: documents is no list")
         for document in documents:
             found = {"text": document} if isinstance(document, str) else document
             text = _first(found, _TEXT) if isinstance(found, dict) else None
             if text is None:
-                raise DocumentsError(f"line {number}: a document without text (allowed: {', '.join(_TEXT)})")
-            batch.add(text, _first(found, _ID) or "")
+                raise DocumentsError(f"{place}: a document without text (allowed: {', '.join(_TEXT)})")
+            identity = _first(found, _ID) or ""
+            _check(place, identity + text)
+            batch.add(text, identity)
     return list(batches.values())
 
 
@@ -106,7 +142,10 @@ def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
 
 def _columns(line: str) -> dict[str, int] | None:
     """Columns of a CSV header by what they are; None where the line is none."""
-    names = [name.strip().lower() for name in next(csv.reader([line]))]
+    try:
+        names = [name.strip().lower() for name in next(csv.reader([line]))]
+    except csv.Error:
+        return None
     found: dict[str, int] = {}
     for what, known in (("text", _TEXT), ("id", _ID), ("query", ("query",))):
         index = next((names.index(name) for name in known if name in names), None)
@@ -118,13 +157,17 @@ def _columns(line: str) -> dict[str, int] | None:
 
 def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
     batches: dict[str | None, Batch] = {}
-    rows = csv.reader(io.StringIO(text))
+    # Else a quote that is missing would make one document of all rows after it.
+    rows = csv.reader(io.StringIO(text), strict=True)
+    began = 1
     try:
         for row in rows:
             # The header, after blank lines.
+            began = rows.line_num + 1
             if any(map(str.strip, row)):
                 break
         for row in rows:
+            began = rows.line_num + 1
             if not row:
                 continue
             if len(row) <= max(columns.values()):
@@ -133,7 +176,7 @@ def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
             batch = batches.setdefault(query, Batch(query))
             batch.add(row[columns["text"]], row[columns["id"]] if "id" in columns else "")
     except csv.Error as error:
-        raise DocumentsError(f"line {rows.line_num}: is not valid CSV: {error}") from None
+        raise DocumentsError(f"line {began}: is not valid CSV: {error}") from None
     if not batches:
         raise DocumentsError("the CSV has a first line and no documents")
     return list(batches.values())

@@ -30,8 +30,17 @@ _READ_FILE = f"""(current) => new Promise((resolve) => {{
     const file = input.files[0];
     if (file.size > {_MAX_FILE_BYTES}) {{
       alert("The file has " + file.size + " bytes; allowed: {_MAX_FILE_BYTES}.");
-      resolve(current);
-    }} else resolve(await file.text());
+      return resolve(current);
+    }}
+    const bytes = new Uint8Array(await file.arrayBuffer());
+    const utf16 = {{0xfffe: "utf-16le", 0xfeff: "utf-16be"}}[bytes[0] << 8 | bytes[1]];
+    for (const encoding of utf16 ? [utf16] : ["utf-8", "gb18030"]) {{
+      try {{
+        return resolve(new TextDecoder(encoding, {{fatal: true}}).decode(bytes));
+      }} catch {{}}
+    }}
+    alert("The file is no text in UTF-8, UTF-16 or GB 18030.");
+    resolve(current);
   }};
   input.click();
 }})"""
@@ -149,8 +158,8 @@ def _rerank(actions: Actions, key: gr.Textbox) -> gr.Dropdown:
         model = gr.Dropdown([], label="Route, pipeline, variant", scale=2, elem_id="rerank-model")
     text = gr.Textbox(
         label="Documents",
-        info="One a line; or JSON Lines with text (and id, query), or CSV with a column text (and id, query). "
-        "With a query of their own, many queries run as a batch.",
+        info="One a line; or JSON Lines or a JSON array with text (and id, query), or CSV with a column text "
+        "(and id, query). With a query of their own, many queries run as a batch.",
         lines=6,
         max_lines=14,
         elem_id="rerank-documents",

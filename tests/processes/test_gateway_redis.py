@@ -234,6 +234,75 @@ def test_a_redis_that_fails_is_named_once_and_comes_back_by_itself(own_server, c
     run(check)
 
 
+def looked_up_slowly(server: RedisServer) -> str:
+    """The url of a server without a password, whose name takes longer to look up than a call waits."""
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def slowly(host: str, port: int, **more: Any) -> Any:
+        await asyncio.sleep(0.005)
+        return await look_up("127.0.0.1", port, **more)
+
+    loop.getaddrinfo = slowly
+    return f"redis://localhost:{server.port}/0"
+
+
+@pytest.mark.parametrize("how", ["fresh", "cut off"])
+def test_a_redis_whose_connections_take_longer_than_a_call_waits_is_used(own_server, how):
+    async def check():
+        tier = RedisTier(looked_up_slowly(own_server), 60)
+        keys = np.zeros((1, 2), np.uint64)
+        if how == "cut off":
+            await tier.get(keys, Patience(1))
+            redis.Redis(port=own_server.port).client_kill_filter(_type="normal", skipme=True)
+        await asyncio.gather(*(tier.get(keys, Patience()) for _ in range(4)))
+        assert tier.errors, "nothing was slow"
+        await until(lambda: not tier.out)
+        tier.put(keys, np.ones(1), np.full(1, 2**31))
+        found = 0
+        give_up_at = time.monotonic() + 20
+        while not found:
+            assert time.monotonic() < give_up_at, "it never answered in time"
+            scores, _ = await tier.get(keys, Patience())
+            found = scores[0]
+            await asyncio.sleep(0.02)
+        await tier.close()
+
+    run(check)
+
+
+def test_a_late_answer_is_no_success_and_its_connection_stays(own_server):
+    async def check():
+        tier = RedisTier(url_of(own_server, ""), 60)
+        keys = np.zeros((1, 2), np.uint64)
+        await tier.get(keys, Patience(1))
+        clients = redis.Redis(port=own_server.port)
+        before = {client["id"] for client in clients.client_list()}
+        stop(own_server)
+        await tier.get(keys, Patience())
+        go_on(own_server)
+        await until(lambda: not tier._reads)
+        assert {client["id"] for client in clients.client_list()} == before
+        assert tier._breaker.failures == 1
+        await tier.close()
+
+    run(check)
+
+
+def test_a_tier_that_is_closed_leaves_no_connection(own_server):
+    async def check():
+        tier = RedisTier(looked_up_slowly(own_server), 60)
+        keys = np.zeros((1, 2), np.uint64)
+        await tier.get(keys, Patience(1))
+        await asyncio.gather(*(tier.get(keys, Patience()) for _ in range(4)))
+        await tier.close()
+        await until(lambda: not tier._reads)
+        clients = redis.Redis(port=own_server.port)
+        await until(lambda: len(clients.client_list()) == 1)
+
+    run(check)
+
+
 def test_a_call_waits_for_redis_once_however_many_stages_it_has(own_server):
     async def check():
         scoring = gateway(Replicas(), url_of(own_server, ""))

@@ -1,5 +1,6 @@
 """The page in a real browser, over a real fleet with keys."""
 
+import codecs
 import csv
 import json
 import re
@@ -191,6 +192,12 @@ def test_compare_marks_what_differs(open_page, picture):
 # ---- rerank
 
 
+def upload(page, file):
+    with page.expect_file_chooser() as chooser:
+        page.locator("#rerank-file").click()
+    chooser.value.set_files(file)
+
+
 def test_a_batch_from_a_file_comes_back_as_csv(open_page, picture, tmp_path):
     page = open_page()
     tab(page, "Rerank")
@@ -201,9 +208,7 @@ def test_a_batch_from_a_file_comes_back_as_csv(open_page, picture, tmp_path):
         {"query": "Where did the cat sit?", "documents": documents},
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    with page.expect_file_chooser() as chooser:
-        page.locator("#rerank-file").click()
-    chooser.value.set_files(file)
+    upload(page, file)
     expect(page.locator("#rerank-documents textarea")).to_have_value(file.read_text())
     choose(page, "#rerank-model", "minilm")
     page.locator("#rerank").click()
@@ -220,6 +225,37 @@ def test_a_batch_from_a_file_comes_back_as_csv(open_page, picture, tmp_path):
     page.locator("#rerank-documents textarea").fill('{"text": "a"}\n{"text')
     page.locator("#rerank").click()
     expect(page.locator("#rerank-results")).to_contain_text("line 2: is not valid JSON")
+
+
+def test_a_file_is_read_in_its_encoding_and_what_is_no_text_is_refused(open_page, tmp_path):
+    page = open_page()
+    tab(page, "Rerank")
+    shown = page.locator("#rerank-documents textarea")
+    file = tmp_path / "documents.txt"
+    for mark, encoding in (
+        (b"", "utf-8"),
+        (b"", "utf-8-sig"),
+        (b"", "gb18030"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
+        text = f"{CHINESE} 𠮷\n{encoding}"
+        file.write_bytes(mark + text.encode(encoding))
+        upload(page, file)
+        expect(shown).to_have_value(text)
+    said = []
+
+    def answer(dialog):
+        said.append(dialog.message)
+        dialog.accept()
+
+    page.on("dialog", answer)
+    for no_text in ("café au lait".encode("latin-1"), codecs.BOM_UTF16_LE + b"odd"):
+        file.write_bytes(no_text)
+        with page.expect_event("dialog"):
+            upload(page, file)
+    assert ["is no text in UTF-8, UTF-16 or GB 18030" in message for message in said] == [True, True]
+    expect(shown).to_have_value(text)
 
 
 # ---- fleet and rollouts

@@ -241,6 +241,17 @@ def test_scores_are_computed_again_after_their_time():
     asyncio.run(check())
 
 
+def test_a_shorter_time_goes_for_what_is_known_already():
+    async def check():
+        scoring = cached(Replicas(), ttl_s=3600)
+        await ask(scoring, ["a"])
+        scoring.configure(Cache(max_bytes=MIB, ttl_s=3599))
+        assert (await ask(scoring, ["a"])).cache_hits == 0
+        assert (await ask(scoring, ["a"])).cache_hits == 1
+
+    asyncio.run(check())
+
+
 def test_a_fresh_and_a_mirrored_question_are_computed_and_leave_their_scores():
     async def check():
         fleet = Replicas()
@@ -265,7 +276,7 @@ def test_a_cache_that_is_off_computes_everything():
         assert fleet.computed == {"a": 4}
         scoring.configure(Cache(max_bytes=MIB))
         await ask(scoring, ["a"])
-        scoring.configure(Cache(max_bytes=MIB, ttl_s=60))
+        scoring.configure(Cache(max_bytes=MIB, ttl_s=7200))
         assert (await ask(scoring, ["a"])).cache_hits == 1, "other settings of the same size lose nothing"
 
     asyncio.run(check())

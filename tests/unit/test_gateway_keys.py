@@ -69,17 +69,23 @@ def test_without_keys_everybody_gets_in():
         ("shop: {", "line 1: is not valid YAML"),
         (
             f"shop: {hashed(SHOP)}\nshop: {hashed(CRAWLER)}",
-            "line 2: is not valid YAML: the key 'shop' stands twice",
+            "line 2: is not valid YAML, or a name stands twice",
         ),
-        (f"shop: {{sha256: {hashed(SHOP)}, expires: 2025-02-30}}", "line 1: .* '2025-02-30' is no timestamp"),
-        ("[" * 5_000, "is nested too deep"),
+        (f"shop: {{sha256: {hashed(SHOP)}, expires: 2025-02-30}}", "line 1: is not valid YAML"),
+        ("[" * 5_000, "is not valid YAML"),
         ("", "has none"),
         ("- shop", "no mapping of names to keys"),
-        ("shop: abc", "shop has no sha256 of 64"),
-        (f"'a b': {hashed(SHOP)}", "'a b' is no name for a key"),
-        (f"shop: {{sha256: {hashed(SHOP)}, rate: 3}}", "shop has rate; allowed: sha256, pairs_per_s"),
-        (f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: 0}}", "pairs_per_s is 0; allowed: a number above 0"),
-        (f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: yes}}", "pairs_per_s is True"),
+        (f"shop: {hashed(SHOP)}\nother: abc", "entry 2: has no sha256 of 64"),
+        (f"'a b': {hashed(SHOP)}", "entry 1: this is no name for a key"),
+        (
+            f"shop: {{sha256: {hashed(SHOP)}, rate: 3}}",
+            "entry 1: has something unknown; allowed: sha256, pairs_per_s",
+        ),
+        (f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: 0}}", "entry 1: pairs_per_s is no number above 0"),
+        (
+            f"shop: {{sha256: {hashed(SHOP)}, pairs_per_s: yes}}",
+            "entry 1: pairs_per_s is no number above 0",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path, text, says):
@@ -91,12 +97,42 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, text, says):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("shop", "entry 1 is not NAME:KEY"), ("a:0123456789abcdef,b:short", "the key of b has 5 characters")],
+    [
+        ("shop", "entry 1 is not NAME:KEY"),
+        ("a:0123456789abcdef,b:short", "the key of entry 2 has 5 characters"),
+        ("0123456789abcdef:shop", "the key of entry 1 has 4 characters"),
+    ],
 )
 def test_a_bad_list_is_refused_and_no_key_is_told(text, says):
     with pytest.raises(KeysError, match=says) as refused:
         Keys({API_KEYS: text})
     assert "0123" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}: shop",
+        "{}=: shop",
+        "{}: shop\n{}: search",
+        "shop: {{{}}}",
+        "shop: {{sha256: {}}}",
+        "shop: {{pairs_per_s: {}, sha256: " + hashed(SHOP) + "}}",
+        "shop: {{{}: sha256}}",
+        "shop: *{}",
+        "shop: !{}",
+    ],
+)
+def test_a_key_in_the_wrong_place_of_the_file_is_not_shown(keys_file, text):
+    gateway = Gateway()
+    gateway.service.keys = keys(keys_file)
+    replace(keys_file, text.format(CRAWLER, CRAWLER))
+    assert gateway.service.keys.refresh()
+    assert str(keys_file) in gateway.service.keys.problem
+    assert CRAWLER not in gateway.service.keys.problem
+    shown = gateway.request("GET", "/readyz")
+    assert shown.json()["keys_error"] == gateway.service.keys.problem
+    assert CRAWLER not in shown.text
 
 
 def test_a_list_may_have_blanks():

@@ -162,6 +162,16 @@ def test_it_can_be_turned_off(changes):
     assert recalling.size_bytes == 0
 
 
+def test_a_shorter_time_goes_for_what_is_known_already():
+    recalling = cached(Catalogue(), ttl_s=3600)
+    recall(recalling)
+    recalling.configure(Cache(ttl_s=7200))
+    assert recall(recalling).cached
+    recalling.configure(Cache(ttl_s=3600))
+    assert not recall(recalling).cached
+    assert recall(recalling).cached
+
+
 def test_a_failure_is_not_kept_and_what_is_known_needs_no_recall():
     fleet = Catalogue()
     recalling = cached(fleet)

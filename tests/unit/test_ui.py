@@ -97,6 +97,27 @@ def test_blank_lines_before_a_header_are_none():
     assert batch.documents == [Document("1", "red shoes")]
 
 
+def test_documents_come_as_a_json_array():
+    rows = [{"query": "a", "documents": ["one", {"text": "two", "id": "x"}]}, {"query": "b", "text": "three"}]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    assert read(f" {json.dumps(rows, indent=2)}\n") == read(lines)
+    assert read('["red", "blue"]') == read("red\nblue")
+
+
+@pytest.mark.parametrize(
+    "text", ["[ad] red shoes\nblue shoes", "[1, 2]", '["red", "blue"]\n["green"]', "[" * 100_000]
+)
+def test_what_is_no_array_of_documents_is_read_by_line(text):
+    (batch,) = read(text)
+    assert [d.text for d in batch.documents] == text.split("\n")
+
+
+def test_a_document_may_be_longer_than_a_csv_field_is_by_default():
+    long = "red shoes, " * 20_000 + "blue shoes"
+    assert [d.text for d in read(long)[0].documents] == [long]
+    assert [d.text for d in read(f'id,text\n1,"{long}"')[0].documents] == [long]
+
+
 def test_a_sentence_with_a_comma_is_no_csv():
     assert [d.text for d in read("red, green and text\nx")[0].documents] == ["red, green and text", "x"]
 
@@ -112,6 +133,16 @@ def test_a_sentence_with_a_comma_is_no_csv():
         ('{"a":' * 100_000, "line 1: is not valid JSON"),
         ("id,text\n1", "line 2: has 1 columns"),
         ("id,text\n", "no documents"),
+        ('id,text\n1,"two\nlines"\n2,"no end\n3,red\n4,blue', "line 4: is not valid CSV"),
+        ('id,text\n1,red\n2,"no end\n3,"blue"\n4,green', "line 3: is not valid CSV"),
+        ("[]", "there are no documents"),
+        ('[{"text": "a"}, {"txt": "b"}]', "item 2: a document without text"),
+        ('["a", "\\ud83d"]', "item 2: has half a surrogate pair"),
+        ('{"text": "a"}\n{"query": "\\ud83d", "text": "b"}', "line 2: has half a surrogate pair"),
+        ('{"text": "a"}\n{"text": "b", "id": "\\ude00"}', "line 2: has half a surrogate pair"),
+        ('{"query": "a", "documents": ["b", "\\ud83d"]}', "line 1: has half a surrogate pair"),
+        ("id,text\n1,red\n2,\ud83d", "line 3: has half a surrogate pair"),
+        ("red\n\nblue \ude00", "line 3: has half a surrogate pair"),
         ("\n".join(json.dumps({"query": str(i), "text": "a"}) for i in range(65)), "65 queries are too many"),
     ],
 )
@@ -444,6 +475,24 @@ def test_a_batch_asks_once_for_each_query_and_goes_on_after_an_error():
     assert "The gateway refused: no" in html
     assert "All 3 queries are done" in html
     assert [row[0] for row in csv.reader(made.splitlines()[1:])] == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("given", [("\ud83d", ""), ("shoes", "\ud83d")])
+def test_half_a_surrogate_pair_is_said_in_words(given):
+    query, instruction = given
+    actions = Actions(gateway(lambda request: httpx.Response(200, json={})))
+
+    async def run():
+        yield await actions.search("k", query, None, instruction, 10)
+        async for html, _ in actions.rerank("k", query, "red\nblue", None, instruction):
+            yield html
+
+    async def said():
+        return [html async for html in run()]
+
+    for html in asyncio.run(said()):
+        assert "has half a surrogate pair" in html
+        html.encode()
 
 
 def test_nothing_is_sent_for_an_empty_query():
