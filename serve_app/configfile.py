@@ -4,7 +4,6 @@ The file is Ray Serve's own. What is ours in it (`args`, the gateway's `user_con
 of `config.py`, and what the applications say of each other is compared.
 """
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,14 @@ KINDS = {
 
 
 DRAIN_TIME_PATH = "serve_app.autoscaling:DrainTime"
+# The last three are Serve's old names.
+_SCALING_FACTORS = (
+    "upscaling_factor",
+    "downscaling_factor",
+    "upscale_smoothing_factor",
+    "downscale_smoothing_factor",
+    "smoothing_factor",
+)
 
 
 class ConfigError(ValueError):
@@ -81,6 +88,18 @@ def same_path(path: str, other: str) -> bool:
     return path.replace(":", ".") == other.replace(":", ".")
 
 
+def scaling_of(deployment: dict[str, Any]) -> dict[str, Any] | None:
+    """A deployment's `autoscaling_config`, with Serve's bounds where it states none (`num_replicas: auto` has
+    others). None where the number of replicas is fixed."""
+    from ray.serve.config import AutoscalingConfig
+
+    block, is_auto = deployment.get("autoscaling_config"), deployment.get("num_replicas") == "auto"
+    if not is_auto and not isinstance(block, dict):
+        return None
+    default = AutoscalingConfig.default() if is_auto else AutoscalingConfig()
+    return {"min_replicas": default.min_replicas, "max_replicas": default.max_replicas, **(block or {})}
+
+
 def load(path: Path) -> ConfigFile:
     """Reads and checks `path`. Raises ConfigError with every problem found, each naming its place."""
     raw = _read(path)
@@ -115,6 +134,7 @@ def load(path: Path) -> ConfigFile:
                 if checked is not None:
                     settings[application["name"]] = checked
                     problems += _missing_applications(place, checked, raw)
+                    problems += _unread_instructions(place, checked, raw)
     if problems:
         raise ConfigError("\n".join(problems))
     return ConfigFile(path, raw, found[RecallArgs], found[RerankerArgs], settings)
@@ -173,8 +193,9 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
             scaling = deployment.get("autoscaling_config")
             if isinstance(scaling, dict):
                 problems += _unknown_keys(f"{place}.autoscaling_config", scaling, AutoscalingConfig)
+                merged = scaling_of(deployment)
                 _take_numbers(
-                    scaling, _validated(AutoscalingConfig, scaling, f"{place}.autoscaling_config", problems)
+                    scaling, _validated(AutoscalingConfig, merged, f"{place}.autoscaling_config", problems)
                 )
                 policy = scaling.get("policy") or {}
                 problems += _unknown_keys(f"{place}.autoscaling_config.policy", policy, AutoscalingPolicy)
@@ -249,20 +270,11 @@ def _policy_problems(where: str, scaling: dict[str, Any], deployment: str) -> li
         return [
             f"{where}.policy_function is {path}, but {deployment} does not report its load; only Reranker does"
         ]
-    known = list(inspect.signature(DrainTime).parameters)
-    problems = [
-        f"{where}.policy_kwargs.{key} is no setting of {path}; {closest(key, known) or f'known: {known}'}"
-        for key in kwargs
-        if key not in known
-    ]
-    try:
-        DrainTime(**{key: value for key, value in kwargs.items() if key in known})
-    except ValueError as error:
-        problems.append(f"{where}.policy_kwargs.{error}")
+    problems = [f"{where}.policy_kwargs.{problem}" for problem in DrainTime.problems(kwargs).values()]
     # Serve multiplies from the replicas that run, so that those which are still starting would be ordered again.
     problems += [
         f"{where.removesuffix('.policy')}.{name} is {scaling[name]:g}; allowed with {path}: 1"
-        for name in ("upscaling_factor", "downscaling_factor", "smoothing_factor")
+        for name in _SCALING_FACTORS
         if scaling.get(name) not in (None, 1)
     ]
     return problems
@@ -306,3 +318,19 @@ def _missing_applications(where: str, settings: GatewaySettings, raw: dict[str, 
                 f"there: {', '.join(there) or 'none'}"
             )
     return problems
+
+
+def _unread_instructions(where: str, settings: GatewaySettings, raw: dict[str, Any]) -> list[str]:
+    """Instructions of stages whose variant reads none."""
+    kinds = {
+        application["name"]: (application.get("args") or {}).get("kind")
+        for application in raw["applications"]
+        if application["import_path"] == "serve_app.reranker:build"
+    }
+    return [
+        f"{where}.pipelines.{name}.stages[{i}].instruction is set, but {stage.variant} is of kind "
+        f"{kinds[stage.variant]}, which takes none (only qwen3-reranker does)"
+        for name, pipeline in settings.pipelines.items()
+        for i, stage in enumerate(pipeline.stages)
+        if stage.instruction is not None and kinds.get(stage.variant) in ("cross-encoder", "bi-encoder")
+    ]

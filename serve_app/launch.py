@@ -19,11 +19,15 @@ import psutil
 
 from serve_app.access import API_KEY, API_KEYS, API_KEYS_FILE, local_url, refuse_strangers, secret
 from serve_app.configfile import ConfigFile
-from serve_app.plan import gpus_at_start
+from serve_app.plan import gpus_at_start, replica_counts
 
 # Engines of the largest models read their weights from a network disk.
 _START_LIMIT_S = 1800
-_STOP_LIMIT_S = 60
+# A little more than the longest of our deployments' graceful_shutdown_timeout_s, so that calls under way finish.
+_SERVE_STOP_LIMIT_S = 70
+# With Ray's end, and what is left over.
+_STOP_LIMIT_S = _SERVE_STOP_LIMIT_S + 60
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What our deployments ask for where the file says nothing.
 _DEFAULT_CPUS = {
     "serve_app.gateway:build": {"Gateway": 0.25},
@@ -51,11 +55,11 @@ class LaunchError(Exception):
 
 
 class _Stop(BaseException):
-    """SIGINT or SIGTERM came."""
+    """SIGINT, SIGTERM or SIGHUP came."""
 
 
 def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
-    """Serves `config` until SIGINT or SIGTERM. Raises LaunchError when something does not start.
+    """Serves `config` until SIGINT, SIGTERM or SIGHUP. Raises LaunchError when something does not start.
 
     Ray, Serve's proxies and the engines are this process's descendants; whatever of them is alive at the end is
     ended, also what Ray itself leaves (HAProxy, engine processes).
@@ -84,7 +88,9 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
             _print_ready(config, host, port)
             _await_end_of_ray()
         except _Stop:
-            _say("stopping")
+            # The terminal may be what went.
+            with contextlib.suppress(OSError):
+                _say("stopping")
         finally:
             _stop()
 
@@ -101,7 +107,7 @@ def down(port: int | None) -> int | None:
     try:
         process = psutil.Process(running[found])
         process.terminate()
-        process.wait(_STOP_LIMIT_S + 30)
+        process.wait(_STOP_LIMIT_S)
     except psutil.NoSuchProcess:
         pass
     except psutil.TimeoutExpired:
@@ -112,25 +118,21 @@ def down(port: int | None) -> int | None:
 
 
 def least_resources(config: ConfigFile) -> dict[str, float]:
-    """CPUs and GPUs that the file's applications ask for at their least number of replicas."""
+    """CPUs and GPUs that the file's applications ask for at their first number of replicas, as exact as Ray counts
+    them: a ten thousandth."""
     needed = {"num_cpus": 0.0, "num_gpus": 0.0}
     for application in config.applications:
         stated = {deployment["name"]: deployment for deployment in application.get("deployments") or []}
         for name in {*stated, *_DEFAULT_CPUS.get(application["import_path"], ())}:
             deployment = stated.get(name, {})
-            scaling = deployment.get("autoscaling_config")
-            if isinstance(scaling, dict):
-                replicas = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
-            else:
-                replicas = deployment.get("num_replicas", 1)
+            _, replicas, _ = replica_counts(deployment)
             options = deployment.get("ray_actor_options") or {}
             # Serve takes what the file says in place of all that the code does.
             ours = {} if "ray_actor_options" in deployment else _DEFAULT_CPUS.get(application["import_path"], {})
             default_cpus = ours.get(name, 1.0)
-            replicas = replicas if isinstance(replicas, int) else 1
             needed["num_cpus"] += replicas * (options.get("num_cpus", default_cpus) or 0)
             needed["num_gpus"] += replicas * (options.get("num_gpus") or 0)
-    return needed
+    return {name: round(amount, 4) for name, amount in needed.items()}
 
 
 def _is_open(config: ConfigFile) -> bool:
@@ -219,11 +221,23 @@ def _await_running(names: list[str]) -> None:
 
 def _await_end_of_ray() -> None:
     """Returns only by an exception: a signal's, or LaunchError when Ray's own processes are gone."""
-    ray_itself = [process for process in _descendants() if process.name() in ("raylet", "gcs_server")]
+    ray_itself = _processes_of_ray()
     while True:
         gone, _ = psutil.wait_procs(ray_itself, timeout=5)
         if gone:
             raise LaunchError(f"Ray ended by itself (process {gone[0].pid}); see {_logs()}")
+
+
+def _processes_of_ray() -> list[psutil.Process]:
+    found = {}
+    for process in _descendants():
+        # Some live for a moment only.
+        with contextlib.suppress(psutil.Error):
+            found[process.name()] = process
+    names = ("raylet", "gcs_server")
+    if missing := [name for name in names if name not in found]:
+        raise LaunchError(f"Ray ended by itself (no process {' or '.join(missing)}); see {_logs()}")
+    return [found[name] for name in names]
 
 
 def _failure(messages: Sequence[str]) -> str:
@@ -253,7 +267,7 @@ def _print_ready(config: ConfigFile, host: str, port: int) -> None:
 
 def _stop() -> None:
     """Ends Serve and Ray, then whatever descendant is still there; never leaves on a signal halfway."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in _STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     import ray
 
@@ -267,9 +281,12 @@ def _stop() -> None:
         ):
             # Serve's own shutdown lets calls under way finish; Ray's ends what is still there.
             with contextlib.suppress(Exception):
-                from ray import serve
+                from ray.serve.context import _check_cached_client_alive
 
-                serve.shutdown()
+                # serve.shutdown() gives up after 30 s.
+                client, _ = _check_cached_client_alive()
+                if client is not None:
+                    client.shutdown(_SERVE_STOP_LIMIT_S)
             ray.shutdown()
     _end([*descendants, *_descendants()])
 
@@ -375,8 +392,10 @@ def _raise_stop_on_signals() -> None:
     def stop(signum: int, frame: object) -> None:
         raise _Stop
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, stop)
+    for name in _STOP_SIGNALS:
+        # nohup's wish to outlive the terminal holds.
+        if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, stop)
 
 
 def _logs() -> str:

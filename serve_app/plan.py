@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serve_app.config import RerankerArgs
-from serve_app.configfile import ConfigFile
+from serve_app.configfile import ConfigFile, scaling_of
 from serve_app.reranker.memory import GIB, gib
 from serve_app.reranker.share import Fit, Shape, find_shape, hub_config, judge, shown
 
@@ -111,16 +111,12 @@ def _num_gpus(deployment: dict[str, Any]) -> float:
 
 def replica_counts(deployment: dict[str, Any]) -> tuple[int, int, int]:
     """Least, first and greatest number of replicas, with Serve's defaults."""
-    scaling, fixed = deployment.get("autoscaling_config"), deployment.get("num_replicas")
-    if isinstance(scaling, dict) or fixed == "auto":
-        scaling = scaling if isinstance(scaling, dict) else {}
-        least = int(scaling.get("min_replicas", 1))
-        # What AutoscalingConfig.default() says for "auto", and AutoscalingConfig else.
-        most = int(scaling.get("max_replicas", 100 if fixed == "auto" else 1))
-        first = scaling.get("initial_replicas")
-        return least, least if first is None else int(first), most
-    count = 1 if fixed is None else int(fixed)
-    return count, count, count
+    scaling = scaling_of(deployment)
+    if scaling is None:
+        count = int(deployment.get("num_replicas") or 1)
+        return count, count, count
+    least, first = int(scaling["min_replicas"]), scaling.get("initial_replicas")
+    return least, least if first is None else int(first), int(scaling["max_replicas"])
 
 
 def packed(shares: list[int]) -> int:

@@ -39,9 +39,20 @@ def start(service: str, replica: str, environment: Mapping[str, str] = os.enviro
     if protocol != "http/protobuf":
         logger.error(f"no traces: OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}; allowed: http/protobuf")
         return False
-    from serve_app.otlp import Tracer
+    try:
+        receiver = urlsplit(endpoint).netloc.rpartition("@")[2]
+    except ValueError:
+        # What it says may hold a password.
+        logger.error("no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL")
+        return False
+    try:
+        from serve_app.otlp import Tracer
 
-    _tracer = Tracer(service, replica, urlsplit(endpoint).netloc.rpartition("@")[2])
+        _tracer = Tracer(service, replica, receiver)
+    # Of any variable that OpenTelemetry can't use; a replica serves without traces too.
+    except Exception as error:
+        logger.error(f"no traces: OpenTelemetry does not start, see its variables (OTEL_…): {error}")
+        return False
     return True
 
 

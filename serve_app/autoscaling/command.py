@@ -51,15 +51,30 @@ def _check_files(arguments: argparse.Namespace) -> None:
         path: Path | None = getattr(arguments, option)
         if path and not path.parent.is_dir():
             raise SimulationError(f"--{option} is {path}, but there is no folder {path.parent}")
+        if path:
+            _check_writable(option, path)
     if arguments.png:
         try:
-            import matplotlib  # noqa: F401
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
         except ImportError:
             raise SimulationError("--png needs matplotlib: pip install 'serve-app[simulate]'") from None
+        suffix, known = arguments.png.suffix.removeprefix("."), FigureCanvasAgg.get_supported_filetypes()
+        if suffix and suffix.lower() not in known:
+            raise SimulationError(f"--png is {arguments.png}; allowed endings: {', '.join(sorted(known))}")
     for option, least in (("search", 1), ("gpus_per_node", 1), ("seed", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise SimulationError(f"--{option.replace('_', '-')} is {value}; allowed: {least} or more")
+
+
+def _check_writable(option: str, path: Path) -> None:
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise SimulationError(f"--{option} is {path}, which cannot be written: {error.strerror}") from None
+    if is_new:
+        path.resolve().unlink()
 
 
 def _traces(name: str) -> list[Trace]:

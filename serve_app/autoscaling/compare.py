@@ -186,7 +186,10 @@ class Bench:
         ]
         results = list(pool.map(_run_small, jobs))
         by = [results[i : i + len(seeds)] for i in range(0, len(results), len(seeds))]
-        return [(fmean(share for share, _ in part), fmean(hours for _, hours in part) / budget) for part in by]
+        return [
+            (fmean(share for share, _ in part), fmean(hours for _, hours in part) / max(budget, 1e-9))
+            for part in by
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ what it reads of Serve's context are plain attributes, so that the simulator and
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from serve_app.autoscaling.load import Load
+from serve_app.config import closest
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,6 +31,7 @@ _EXPECTED_WEIGHT_S = 2.0
 _STATE = "drain_time"
 _NAMES = tuple(f.name for f in fields(Load))
 _LOG_EVERY_S = 60.0
+_DEFAULTS: dict[str, Any] = {"target_drain_s": 2.0, "max_utilization": 0.8, "expected_tokens_per_s": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +87,42 @@ class DrainTime:
     """For `autoscaling_config.policy.policy_function`, with these arguments as `policy_kwargs`.
 
     `target_drain_s`: seconds in which the backlog is to be worked off; docs/autoscaling.md says how to choose
-    it. `max_utilization`: of a replica's rate, what steady traffic may use. `expected_tokens_per_s`: of one
-    busy replica, until it has been measured; None: measured before anything grows. Raises ValueError naming the
-    argument, its value and what is allowed.
+    it (2). `max_utilization`: of a replica's rate, what steady traffic may use (0.8). `expected_tokens_per_s`: of
+    one busy replica, until it has been measured; None, the default: measured before anything grows.
+
+    Never raises: an exception here, or in a call, stops Serve's controller from managing any application. Of an
+    argument with a problem the default is used, and the log says so; `serve-app check` and `up` refuse it.
     """
 
-    def __init__(
-        self,
-        target_drain_s: float = 2.0,
-        max_utilization: float = 0.8,
-        expected_tokens_per_s: float | None = None,
-    ) -> None:
-        self.target_drain_s = _positive("target_drain_s", target_drain_s)
-        self.max_utilization = _positive("max_utilization", max_utilization, most=1.0)
-        self.expected_tokens_per_s = (
-            None if expected_tokens_per_s is None else _positive("expected_tokens_per_s", expected_tokens_per_s)
-        )
+    def __init__(self, /, **arguments: Any) -> None:
+        wrong = self.problems(arguments)
+        if wrong:
+            logger.error(f"The scaling policy uses its defaults: {'; '.join(wrong.values())}")
+        used = {**_DEFAULTS, **{name: value for name, value in arguments.items() if name not in wrong}}
+        self.target_drain_s: float = used["target_drain_s"]
+        self.max_utilization: float = used["max_utilization"]
+        self.expected_tokens_per_s: float | None = used["expected_tokens_per_s"]
         self._complained_at = -math.inf
 
+    @staticmethod
+    def problems(arguments: Mapping[str, object]) -> dict[str, str]:
+        """What is wrong with arguments, by their names: the name, its value, and what is allowed."""
+        wrong = {}
+        known = list(_DEFAULTS)
+        for name, value in arguments.items():
+            if name not in known:
+                hint = closest(name, known) or f"known: {known}"
+                wrong[name] = f"{name} is no setting of serve_app.autoscaling:DrainTime; {hint}"
+            elif value is not None or _DEFAULTS[name] is not None:
+                most = 1.0 if name == "max_utilization" else math.inf
+                number = None if isinstance(value, bool) else _number(value)
+                if not number or number > most:
+                    allowed = "a number above 0" + (f", up to {most:g}" if math.isfinite(most) else "")
+                    wrong[name] = f"{name} is {value!r}; allowed: {allowed}"
+        return wrong
+
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
-        """Replicas wanted, and the state for the next look. Never raises: an exception here stops the controller
-        from managing any application. What cannot be judged stays as it is."""
+        """Replicas wanted, and the state for the next look. What cannot be judged stays as it is."""
         kept = dict(ctx.policy_state or {})
         try:
             state = kept.setdefault(_STATE, _State())
@@ -279,14 +297,7 @@ def _most(needs: deque[tuple[float, int]], now: float, need: int, window_s: floa
 
 def _number(value: object) -> float | None:
     """A finite number from 0 on; None for what is none."""
-    if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+    # Whole numbers may be larger than a float.
+    if isinstance(value, int | float) and 0 <= value <= sys.float_info.max:
         return float(value)
     return None
-
-
-def _positive(name: str, value: object, most: float = math.inf) -> float:
-    number = None if isinstance(value, bool) else _number(value)
-    if not number or number > most:
-        allowed = "a number above 0" + (f", up to {most:g}" if math.isfinite(most) else "")
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-    return number

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from serve_app.autoscaling.simulator import Variant
 from serve_app.autoscaling.traces import Trace
 from serve_app.autoscaling.workload import Service
 from serve_app.config import GatewaySettings, closest
-from serve_app.configfile import DRAIN_TIME_PATH, ConfigError, load, same_path
+from serve_app.configfile import DRAIN_TIME_PATH, ConfigError, load, same_path, scaling_of
 
 # What docs/autoscaling.md recommends. One setting for all traces.
 SCALING = {
@@ -76,7 +77,8 @@ class Scenario:
 
     def stock(self, name: str, settings: dict[str, Any]) -> Candidate:
         """Serve's own policy; what `settings` leaves out has Serve's default."""
-        return Candidate(name, {**self.bounds, **settings}, _stock, reports=0)
+        make = functools.partial(_as_it_is, replica_queue_length_autoscaling_policy)
+        return Candidate(name, {**self.bounds, **settings}, make, reports=0)
 
     def fixed(self, replicas: int) -> Candidate:
         bounds = {"min_replicas": replicas, "max_replicas": replicas}
@@ -95,8 +97,8 @@ class Scenario:
         )
 
     def imported(self, path: str) -> Candidate:
-        """A policy class of one's own, `package.module:Class`; the one that the config names, with its arguments
-        from there. Raises ConfigError."""
+        """A policy of one's own, `package.module:Class` or `package.module:function`; where it is the one that the
+        config names, a class gets its arguments from there. Raises ConfigError."""
         module, _, name = path.partition(":")
         try:
             policy = getattr(importlib.import_module(module), name)
@@ -105,8 +107,12 @@ class Scenario:
                 f"--policy is {path!r}, which cannot be imported ({error}); allowed: drain-time, stock, fixed, "
                 "all, or package.module:Class"
             ) from None
+        if not callable(policy):
+            raise ConfigError(f"--policy is {path!r}, which is {policy!r}; allowed: a class or a function")
         named, kwargs = self.own_policy or ("", {})
-        make = functools.partial(policy, **kwargs) if same_path(path, named) else policy
+        make: Callable[[], Policy] = functools.partial(policy, **(kwargs if same_path(path, named) else {}))
+        if not inspect.isclass(policy):
+            make = functools.partial(_as_it_is, policy)
         return Candidate(path, self.scaling, make)
 
 
@@ -136,8 +142,8 @@ def read(path: Path, variant: str | None) -> Scenario:
     application = next(a for a in file.applications if a.get("name") == variant)
     deployments = application.get("deployments") or []
     deployment: dict[str, Any] = next((d for d in deployments if d["name"] == "Reranker"), {})
-    scaling = dict(deployment.get("autoscaling_config") or {})
-    if not scaling:
+    scaling = scaling_of(deployment)
+    if scaling is None:
         raise ConfigError(
             f"{path}: the Reranker of {variant} has no autoscaling_config, so there is nothing to simulate"
         )
@@ -146,8 +152,6 @@ def read(path: Path, variant: str | None) -> Scenario:
     is_ours = function is not None and same_path(function, DRAIN_TIME_PATH)
     own_policy = (function, kwargs) if function and not is_ours else None
     drain_time = kwargs if is_ours else dict(DRAIN_TIME)
-    defaults = AutoscalingConfig()
-    scaling = {"min_replicas": defaults.min_replicas, "max_replicas": defaults.max_replicas, **scaling}
     settings = next(iter(file.gateways.values()), None)
     gateway = settings.variants.get(variant) if settings else None
     service = Service(
@@ -173,6 +177,6 @@ def _timeout_s(settings: GatewaySettings, variant: str) -> float:
     return Service().timeout_s
 
 
-def _stock() -> Policy:
-    policy: Policy = replica_queue_length_autoscaling_policy
+def _as_it_is(policy: Policy) -> Policy:
+    """A function keeps nothing from one run to the next."""
     return policy

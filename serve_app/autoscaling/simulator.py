@@ -296,7 +296,8 @@ class _Run:
             self._take_in()
             tokens, chunks, busy_s = (now - then for now, then in zip(self._each, since, strict=True))
             reporting = len(self._controller.replicas)
-            replicas = self.fleet.running / reporting
+            # The last one has stopped, and reports until the next decision.
+            replicas = max(self.fleet.running, 1) / reporting
             _, queued = self._in_handles()
             pending = self.queue.backlog_tokens - queued + self.queue.in_service * self._tokens_per_chunk / 2
             load = Load(

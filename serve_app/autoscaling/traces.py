@@ -18,6 +18,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _STEP_S = 1.0
+_MOST_S = 31 * 86_400.0
 # Of pairs in CSV files that don't say how many a call has: instruction, query and a product's text.
 _TOKENS_PER_PAIR = 150.0
 _COLUMNS = ("seconds", "calls_per_s", "tokens_per_call", "pairs_per_call")
@@ -170,7 +171,12 @@ def from_csv(path: Path) -> Trace:
         before = second
         table[:, step, kind] = values
     starts_s = np.array(starts) - first
-    return Trace(path.stem, float(2 * starts_s[-1] - starts_s[-2]), starts_s, *table)
+    seconds = float(2 * starts_s[-1] - starts_s[-2])
+    if seconds > _MOST_S:
+        raise TraceError(
+            f"{path}: lasts {seconds:,.0f} s; allowed: up to {_MOST_S:,.0f} (31 days); are these milliseconds?"
+        )
+    return Trace(path.stem, seconds, starts_s, *table)
 
 
 def _rows(path: Path, file: TextIO) -> list[tuple[float, float, float, float]]:

@@ -22,6 +22,9 @@ from serve_app.autoscaling.traces import Trace
 
 Floats = npt.NDArray[np.float64]
 
+# Chunks in service that are none any more.
+_NOBODY = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -44,9 +47,10 @@ class Arrivals:
     def __init__(self, trace: Trace, service: Service, tick_s: float, seed: int) -> None:
         self.ticks = max(1, round(trace.seconds / tick_s))
         self.step = trace.steps(np.asarray((np.arange(self.ticks) + 0.5) * tick_s, dtype=np.float64))
-        # By step and kind.
-        chunks = np.ceil(trace.pairs_per_call / service.pairs_per_call)
-        share = np.minimum(1.0, service.pairs_per_call / np.maximum(trace.pairs_per_call, 1))
+        # By step and kind. The gateway cuts a call into even chunks.
+        pairs = np.maximum(trace.pairs_per_call, 1)
+        chunks = np.ceil(pairs / service.pairs_per_call)
+        share = np.minimum(1.0, np.ceil(pairs / chunks) / pairs)
         self.alone_s = trace.tokens_per_call / service.tokens_per_s
         self.chunk_s = self.alone_s * share
         self.calls_by_kind = (
@@ -111,6 +115,9 @@ class Queue:
         self.arrived_chunks += sum(self._chunks[start:stop])
         if not waiting:
             self.backlog_tokens = self.backlog_chunks = 0.0
+            # It fades, but a fleet without calls goes to zero only where none is left.
+            if self.in_service < _NOBODY:
+                self.in_service = 0.0
 
     def _work(self, k: int, capacity: float) -> tuple[float, float]:
         """A tick with a queue: tokens that were worked off, and the service seconds they stand for."""

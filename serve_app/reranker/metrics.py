@@ -37,4 +37,5 @@ def _target_drain_s(deployment: Any) -> float:
     """The policy's own; its default where the variant has another policy or none."""
     scaling = deployment.autoscaling_config
     settings = (scaling.policy.policy_kwargs if scaling is not None else None) or {}
-    return float(settings.get("target_drain_s", DrainTime().target_drain_s))
+    stated = {name: value for name, value in settings.items() if name == "target_drain_s"}
+    return DrainTime(**stated).target_drain_s

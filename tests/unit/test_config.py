@@ -106,6 +106,42 @@ def test_what_the_scaling_policy_does_not_know_is_found_before_the_controller_ma
     assert "ours: serve_app.autoscaling:DrainTime" in problems_of(fleet, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["downscaling_factor", "smoothing_factor", "upscale_smoothing_factor", "downscale_smoothing_factor"],
+)
+def test_factors_that_serve_multiplies_by_are_refused_by_all_their_names(fleet, tmp_path, name):
+    scaling = application(fleet, "qwen3-0.6b")["deployments"][0]["autoscaling_config"]
+    scaling |= {name: 0.5, "policy": {"policy_function": "serve_app.autoscaling:DrainTime"}}
+    assert f"Reranker.autoscaling_config.{name} is 0.5; allowed" in problems_of(fleet, tmp_path)
+
+
+def test_auto_replicas_have_serves_own_bounds_for_them(fleet, tmp_path):
+    deployment = application(fleet, "qwen3-4b")["deployments"][0]
+    path = tmp_path / "config.yaml"
+    deployment |= {"num_replicas": "auto", "autoscaling_config": {"min_replicas": 2, "upscale_delay_s": 3}}
+    path.write_text(yaml.safe_dump(fleet))
+    assert plan(load(path), 80).variants[1].max_replicas == 100
+    scaling = {"min_replicas": 2, "max_replicas": 100, "upscale_delay_s": 3}
+    assert read(path, "qwen3-4b").scaling == scaling
+    del deployment["autoscaling_config"]
+    path.write_text(yaml.safe_dump(fleet))
+    assert read(path, "qwen3-4b").scaling == {"min_replicas": 1, "max_replicas": 100}
+    assert least_resources(load(path)) == {"num_cpus": 2 + 2 + 3 * 2, "num_gpus": 1.75}
+    deployment["num_replicas"] = 2
+    path.write_text(yaml.safe_dump(fleet))
+    with pytest.raises(ConfigError, match="has no autoscaling_config, so there is nothing to simulate"):
+        read(path, "qwen3-4b")
+
+
+@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
+def test_an_instruction_that_the_variant_would_not_read_is_refused(fleet, tmp_path, kind):
+    application(fleet, "qwen3-4b")["args"]["kind"] = kind
+    message = problems_of(fleet, tmp_path)
+    assert "Gateway.user_config.pipelines.code.stages[0].instruction is set, but qwen3-4b is of" in message
+    assert f"of kind {kind}, which takes none (only qwen3-reranker does)" in message
+
+
 def test_every_problem_of_a_file_is_listed(fleet, tmp_path):
     application(fleet, "qwen3-4b")["args"]["modell"] = application(fleet, "qwen3-4b")["args"].pop("model")
     application(fleet, "qwen3-8b")["args"]["kind"] = "qwen"

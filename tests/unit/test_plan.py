@@ -181,6 +181,7 @@ def test_a_gpu_without_memory_is_a_wrong_command(size: str) -> None:
         ({"num_replicas": 3}, (3, 3, 3)),
         ({"num_replicas": "auto"}, (1, 1, 100)),
         ({"num_replicas": "auto", "autoscaling_config": {"max_replicas": 5}}, (1, 1, 5)),
+        ({"num_replicas": "auto", "autoscaling_config": {"min_replicas": 2}}, (2, 2, 100)),
         ({"autoscaling_config": {"min_replicas": 0, "max_replicas": 4}}, (0, 0, 4)),
         ({"autoscaling_config": {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 4}}, (1, 2, 4)),
         ({"autoscaling_config": {}}, (1, 1, 1)),
@@ -205,6 +206,18 @@ def test_shares_that_add_up_to_two_gpus_may_need_three(tmp_path: Path) -> None:
     config = load(one(tmp_path, args, num_replicas=3, ray_actor_options={"num_gpus": 0.6}))
     assert least_resources(config)["num_gpus"] == pytest.approx(1.8)
     assert gpus_at_start(config) == 3
+
+
+def test_shares_that_fill_the_gpus_are_counted_as_ray_counts_them(tmp_path: Path) -> None:
+    """0.8 + 0.8 + 0.8 + 6 * 0.1 is more than 3 in floating point."""
+    args = {"model": "Qwen/Qwen3-Reranker-0.6B", "kind": "qwen3-reranker"}
+    path = one(tmp_path, args, num_replicas=3, ray_actor_options={"num_gpus": 0.8})
+    raw = yaml.safe_load(path.read_text())
+    second = {"name": "Reranker", "num_replicas": 6, "ray_actor_options": {"num_gpus": 0.1}}
+    raw["applications"].append({**raw["applications"][0], "name": "w", "deployments": [second]})
+    path.write_text(yaml.safe_dump(raw))
+    assert least_resources(load(path))["num_gpus"] == 3
+    assert gpus_at_start(load(path)) == 3
 
 
 def test_a_share_that_rays_numbers_round_to_nothing_is_shown(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from serve_app.autoscaling.traces import Trace
 from serve_app.autoscaling.workload import Arrivals, Queue, Service
 from serve_app.cli import main
 from serve_app.configfile import ConfigError
+from serve_app.gateway.scoring import even_chunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -140,6 +141,13 @@ def test_every_call_is_answered_or_expired_or_still_open(load, replicas, timeout
         assert part.min() >= -1e-6
     assert queue.backlog_tokens >= -1e-3
     assert queue.busy_s <= 20 * sum(replicas) + 1e-6
+
+
+def test_a_calls_largest_chunk_is_an_even_part_of_it_as_the_gateway_cuts():
+    service = Service(tokens_per_s=1000.0, pairs_per_call=64)
+    pairs = [1, 5, 64, 65, 200, 1000]
+    alone = Arrivals(steady(1.0, [1.0] * len(pairs), [float(p) for p in pairs], pairs), service, 0.1, seed=0)
+    assert alone.chunk_s[0] * 1000 == pytest.approx([even_chunk(p, 64) for p in pairs])
 
 
 # Nodes
@@ -269,6 +277,19 @@ def test_gpu_hours_are_shares_times_time():
     assert result.node_gpu_hours == pytest.approx(4 * 0.5)
 
 
+@pytest.mark.parametrize("policy", ["drain-time", "stock"])
+def test_silence_after_load_ends_at_no_replicas_and_the_next_call_starts_one(policy):
+    calls = np.concatenate([np.full(120, 5.0), np.zeros(300), np.full(120, 5.0)])[:, None]
+    trace = Trace("pause", 540.0, np.arange(540.0), calls, np.full((540, 1), 7500.0), np.full((540, 1), 50.0))
+    make = {"drain-time": lambda: DrainTime(**Scenario().policy_kwargs), "stock": stock}[policy]
+    scaling = config(min_replicas=0, downscale_delay_s=30)
+    result = scaled(trace, make(), scaling, Variant(node=NodeType(provision_s=1.0), start_s=5.0))
+    running = result.timeline.running
+    assert running[100] >= 1
+    assert running[410] == 0
+    assert running[-1] >= 1
+
+
 def test_drain_time_follows_tokens_where_calls_hardly_change():
     calls = np.full((900, 2), [40.0, 1.0])
     calls[300:, 1] = 6.0
@@ -333,6 +354,9 @@ def test_the_command_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
         (["--config", "configs/fleet.yaml", "--variant", "qwen3-9b"], "did you mean"),
         (["--slo-ms", "9000"], "--slo-ms is 9000, but calls end after 5000 ms"),
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--json", "configs"], "--json is configs, which cannot be written: Is a directory"),
+        (["--json", "/proc/x.json"], "--json is /proc/x.json, which cannot be written"),
+        (["--policy", "math:pi"], "--policy is 'math:pi', which is 3.14"),
         (["--search", "0"], "--search is 0; allowed: 1 or more"),
     ],
 )
@@ -341,14 +365,24 @@ def test_what_the_command_cannot_do_is_said_by_name_and_value(words, message, ca
     assert message in capsys.readouterr().err
 
 
+def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", "--png", str(tmp_path / "x.foo")]) == 2
+    assert "x.foo; allowed endings: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_policy_of_ones_own_runs_by_its_import_path(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mypolicy.py").write_text("class Nine:\n    def __call__(self, ctx):\n        return 9, {}\n")
+    (tmp_path / "mypolicy.py").write_text(
+        "class Nine:\n    def __call__(self, ctx):\n        return 9, {}\n\n\ndef eight(ctx):\n    return 8, {}\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     trace = tmp_path / "mine.csv"
     trace.write_text("seconds,calls_per_s,tokens_per_call\n0,20,3000\n300,20,3000\n")
-    assert main(["simulate", "--trace", str(trace), "--policy", "mypolicy:Nine"]) == 0
-    assert "mypolicy:Nine" in capsys.readouterr().out
+    for policy in ("mypolicy:Nine", "mypolicy:eight"):
+        assert main(["simulate", "--trace", str(trace), "--policy", policy]) == 0
+        assert policy in capsys.readouterr().out
 
 
 def test_a_config_s_own_policy_gets_its_arguments_and_the_others_none_of_them(tmp_path, monkeypatch, capsys):

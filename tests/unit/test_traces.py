@@ -96,6 +96,10 @@ def test_a_day_of_several_kinds_is_read_in_seconds(tmp_path):
         ("seconds,calls_per_s,tokens_per_call\n0,inf,9\n", "calls_per_s is 'inf'"),
         ("seconds,calls_per_s,tokens_per_call\n9,1,9\n5,1,9\n", "mine.csv:3: seconds is 5; allowed: 9 or more"),
         ("seconds,calls_per_s,tokens_per_call\n0,1,9\n", "mine.csv: has 1 moments; allowed: 2 or more"),
+        (
+            "seconds,calls_per_s,tokens_per_call\n1700000000000,1,9\n1700003600000,1,9\n",
+            "mine.csv: lasts 7,200,000 s; allowed: up to 2,678,400 (31 days); are these milliseconds?",
+        ),
     ],
 )
 def test_a_bad_csv_is_refused_by_file_line_and_value(tmp_path, text, message):

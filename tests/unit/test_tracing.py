@@ -117,6 +117,30 @@ def test_another_protocol_is_refused_in_a_line(lines: list[str]) -> None:
     assert lines == ["no traces: OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; allowed: http/protobuf"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "max_export_batch_size must be less than"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0", "schedule_delay_millis must be positive"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
+    ],
+)
+def test_a_variable_that_opentelemetry_refuses_costs_the_traces_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], name: str, value: str, reason: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, value)
+    assert not tracing.start("gateway", "1", os.environ)
+    (line,) = lines
+    assert line.startswith("no traces: ")
+    assert reason in line
+
+
+def test_an_endpoint_that_is_no_url_costs_the_traces_and_one_line(lines: list[str]) -> None:
+    assert not tracing.start("gateway", "1", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:secret@[::1:4318"})
+    assert lines == ["no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL"]
+
+
 def test_nothing_is_imported_or_recorded_without_an_endpoint() -> None:
     program = (
         "import sys; from serve_app import tracing\n"
