@@ -26,7 +26,7 @@ _MIRRORED_TIME = 2
 
 
 class CanaryFailedError(Exception):
-    """No whole answer; the message is why, in a word. `degraded`: there was one that left something out."""
+    """No whole answer; the message is why, in a word. `degraded`: one that left something out could be given."""
 
     def __init__(self, why: str, *, degraded: bool = False) -> None:
         super().__init__(why)
@@ -67,11 +67,12 @@ async def answer(
             degraded = failure.degraded
             rollouts.answered(place, call.request_id, None, error=not degraded, degraded=degraded)
             logger.warning(
-                "request %s: stable %s answers for canary %s: %s",
+                "request %s: stable %s answers for canary %s: %s (%s)",
                 call.request_id,
                 place.split.stable,
                 place.split.canary,
                 failure,
+                failure.__cause__,
             )
             return stable, answered
         _count(rollouts, call, ranking_of(whole), started, searched, forced)
@@ -137,14 +138,16 @@ def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, sea
     scores = [score for p in ranking.order[:SHOWN] if (score := ranking.rerank_scores[p]) is not None]
     pairs = sum(report.pairs for report in ranking.reports)
     hits = sum(report.cache_hits for report in ranking.reports)
-    if forced and not pairs:
+    # None where all scores were known, or were being computed for others.
+    tokens = sum(report.tokens for report in ranking.reports)
+    if forced and not pairs and not degraded:
         rollouts.was_not_computed(call.plan.place)
     rollouts.answered(
         call.plan.place,
         call.request_id,
         time.monotonic() - started if pairs and not hits else None,
         degraded=degraded,
-        unasked=pairs == hits and not degraded,
+        unasked=not tokens and not degraded,
         scores=scores,
         searched=searched,
     )

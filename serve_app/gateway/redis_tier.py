@@ -112,7 +112,8 @@ class RedisTier:
             reading.add_done_callback(self._seen)
             try:
                 done, _ = await asyncio.wait((reading,), timeout=patience.left_s)
-                if not done:
+                # Closed for other settings, it is cancelled.
+                if not done or reading.cancelled():
                     raise TimeoutError(f"no answer within {patience.left_s * 1e3:.1f} ms")
                 found = reading.result()
             except Exception as error:

@@ -208,7 +208,8 @@ class Rollouts:
         news = News(self._gateway, self._deployed, reports, searches)
         splits: Splits = await self._ask(app, "exchange", news, timeout_s=_EXCHANGE_TIMEOUT_S)
         # What arrived although the answer was lost is sent again, and stored once.
-        if splits.stored:
+        # An application that is older than this gateway says nothing of it.
+        if getattr(splits, "stored", True):
             _drop(self._unsent, reports)
             _drop(self._searches, searches)
         if self._app == app:

@@ -222,6 +222,7 @@ class Service:
         scorer = self._scorer(call)
         places = asyncio.Semaphore(_QUERIES_AT_ONCE)
         answered: dict[str, ScoreResult] = {}
+        results: list[ScoreResult] = []
 
         async def score(query: str, positions: list[int]) -> ScoreResult:
             async with places:
@@ -229,17 +230,20 @@ class Service:
                 return await scorer(stage, query, documents, call.deadline.remaining_s())
 
         try:
-            for _ in range(_REVISION_TRIES):
+            for attempt in range(_REVISION_TRIES):
+                if attempt:
+                    # While a variant is replaced, queries may meet two revisions; what came last will be there.
+                    ((kept, _),) = Counter(result.fingerprint for result in results).most_common(1)
+                    answered = {query: result for query, result in answered.items() if result.fingerprint == kept}
                 asked = {query: positions for query, positions in positions_of.items() if query not in answered}
                 results = await all_or_none([score(query, positions) for query, positions in asked.items()])
                 answered |= zip(asked, results, strict=True)
-                # While a variant is replaced, queries may meet two revisions of it; what came last will be there.
                 if len({result.fingerprint for result in answered.values()}) == 1:
                     break
-                ((kept, _),) = Counter(result.fingerprint for result in results).most_common(1)
-                answered = {query: result for query, result in answered.items() if result.fingerprint == kept}
             else:
-                raise StageFailure("unavailable", f"{stage.variant} is being replaced", retry_after_s=1)
+                # One that is served by unlike machines has two for good.
+                what = "scores are of two revisions of"
+                logger.warning("request %s: %s %s, which answer in turns", call.request_id, what, stage.variant)
         except StageFailure as failure:
             raise _nothing_possible(failure) from failure
         scores = [0.0] * len(pairs)

@@ -60,7 +60,7 @@ _COMMAND_LIMIT_S = 10.0
 _GONE_S = 60.0
 # Gateways tell of their searches once a second, and an impression may be quicker: events of unknown searches are
 # tried once more after so long, so many at most.
-_EVENTS_AGAIN_S, _EVENTS_WAITING = 5.0, 20_000
+_EVENTS_AGAIN_S, _EVENTS_WAITING, _EVENTS_AT_ONCE = 5.0, 20_000, 1_000
 
 
 class Controller:
@@ -117,7 +117,6 @@ class Controller:
     async def tick(self) -> None:
         """One look at everything. Raises StoreError."""
         self._patient_until = time.monotonic() + _PATIENCE_S
-        await self._count_early()
         lease = await self._held()
         if lease is not None:
             for waiting in await asyncio.to_thread(self.store.waiting_commands):
@@ -133,6 +132,7 @@ class Controller:
         if lease is not None:
             for rollout in over:
                 await self._alone(f"the end of {rollout.id}", self._retire(rollout, lease))
+        await self._count_early()
 
     async def _alone(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """What is wrong with one rollout holds up no other."""
@@ -163,7 +163,8 @@ class Controller:
         now = time.time()
         facts = Facts(now)
         if state.status == "warming":
-            facts = Facts(now, not_ready=self._readiness.missing(self._variants(rollout)))
+            not_ready = self._readiness.missing(self._variants(rollout))
+            facts = Facts(now, not_ready=not_ready, gone=self._gone(rollout))
         elif state.status != "pending":
             look = await self._looks.look(rollout.id, document, state, _LOOK_S, self._patience_s())
             gone = self._gone(rollout)
@@ -334,9 +335,10 @@ class Controller:
         return Deployed(pipelines, routes)
 
     def _gone(self, rollout: Rollout) -> list[str]:
-        """Pipelines of the rollout that have been in no gateway's settings for a while, as far as any were heard;
-        of a promoted one, only the canary counts."""
-        known = self._in_force().pipelines
+        """Pipelines of the rollout that have been in no gateway's settings for a while, as far as one with its
+        route was heard; of a promoted one, only the canary counts."""
+        in_force = self._in_force()
+        known = in_force.pipelines if rollout.route in in_force.routes else {}
         sides = ("canary",) if _is_promoted(rollout) else ("stable", "canary")
         gone = [rollout.spec[side] for side in sides if rollout.spec[side] not in known]
         if not known or not gone:
@@ -462,12 +464,20 @@ class Controller:
         return reply
 
     async def _count_early(self) -> None:
-        """Events that may have come before their search. Those that were counted are not counted again."""
-        while self._early and self._early[0][0] <= time.monotonic():
-            early = self._early[0]
-            await asyncio.to_thread(self.store.add_events, early[1])
-            if self._early and self._early[0] is early:
-                self._early.popleft()
+        """Events that may have come before their search, some in one go: what waits behind is for the next ticks.
+        Those that were counted are not counted again."""
+        due = list(takewhile(lambda waiting: waiting[0] <= time.monotonic(), self._early))
+        batch: list[Event] = []
+        while due and len(batch) < _EVENTS_AT_ONCE:
+            batch += due.pop(0)[1]
+            self._early.popleft()
+        if not batch:
+            return
+        try:
+            await asyncio.to_thread(self.store.add_events, batch)
+        except StoreError:
+            self._early.appendleft((0.0, batch))
+            raise
 
     def show_stored(self, rollout: Rollout) -> dict[str, Any]:
         """Everything about a rollout: its document, state, figures of the window, verdicts."""
@@ -531,6 +541,7 @@ def _summary(figures: Figures) -> dict[str, Any]:
     mirror = figures.mirror
     return {
         "calls": figures.calls,
+        "asked": figures.asked,
         "errors": figures.errors,
         "degraded": figures.degraded,
         "p50_ms": figures.quantile_ms(0.5),

@@ -133,7 +133,7 @@ class Looks:
             now = time.time()
             canary, stable = window.read(self._store, rollout_id, now)
             clicked = clicks(self._store, rollout_id, document, clicks_from, now)
-            seen = sum(figures.calls + figures.mirror.calls for figures in (canary, stable))
+            seen = sum(figures.asked + figures.mirror.calls for figures in (canary, stable))
             seen += sum(side.queries for block in clicked for side in block)
             return judge(document.guards, canary, stable, clicked), seen
 

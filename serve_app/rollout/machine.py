@@ -226,7 +226,8 @@ def _enter(document: RolloutDocument, state: State, index: int, now: float, reas
 def _set_back(state: State, now: float) -> State:
     """Begun now: what was to be waited for, and a window that had not begun, would wait for the clock."""
     until = None if state.until is None else now + (state.until - state.since)
-    return replace(state, since=now, until=until, window_from=min(state.window_from, now))
+    window_from, clicks_from = min(state.window_from, now), min(state.clicks_from, now)
+    return replace(state, since=now, until=until, window_from=window_from, clicks_from=clicks_from)
 
 
 def _promoted(state: State, now: float) -> State:

@@ -24,6 +24,7 @@ class Window:
         self.since = since
         # After the store was away, gateways still send older reports for a while: then all is read once more.
         self._again_at = now + SETTLED_S
+        self._came_late = False
         self._start()
 
     def _start(self) -> None:
@@ -35,6 +36,9 @@ class Window:
         """Canary's and stable's."""
         if now >= self._again_at:
             self._again_at = float("inf")
+            self._start()
+        if self._came_late:
+            self._came_late = False
             self._start()
         if int(now) - SETTLED_S < self._settled[0]:
             # Just begun; or the clock was set back, and settled buckets get calls once more.
@@ -52,7 +56,7 @@ class Window:
 
     def recount(self) -> None:
         """The next time, all is read once more: a report came late."""
-        self._again_at = float("-inf")
+        self._came_late = True
 
     def copy(self) -> "Window":
         """To be read beside this one."""

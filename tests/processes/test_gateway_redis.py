@@ -303,6 +303,21 @@ def test_a_tier_that_is_closed_leaves_no_connection(own_server):
     run(check)
 
 
+def test_a_call_that_reads_while_its_tier_is_closed_goes_on_without(own_server):
+    async def check():
+        tier = RedisTier(url_of(own_server, ""), 60)
+        keys = np.zeros((1, 2), np.uint64)
+        await tier.get(keys, Patience(1))
+        stop(own_server)
+        reading = asyncio.create_task(tier.get(keys, Patience(5)))
+        await until(lambda: tier._reads)
+        await tier.close()
+        _, expires = await reading
+        assert not expires.any()
+
+    run(check)
+
+
 def test_a_call_waits_for_redis_once_however_many_stages_it_has(own_server):
     async def check():
         scoring = gateway(Replicas(), url_of(own_server, ""))

@@ -61,6 +61,9 @@ def test_what_a_page_of_another_origin_sends_unasked_is_not_done(site):
     named = Gateway()
     allow_origins(named.app, (SHOP,))
     assert named.post("/v1/search", {"query": "cats"}, {**headers, "Origin": SHOP}).status_code == 200
+    everybody = Gateway()
+    allow_origins(everybody.app, GatewayArgs(cors_origins=("*",)).cors_origins)
+    assert everybody.post("/v1/search", {"query": "cats"}, {**headers, "Origin": OTHER}).status_code == 200
     own = {"Origin": "https://search.example", "Sec-Fetch-Site": "same-origin"}
     assert gateway.post("/v1/search", {"query": "cats"}, own).status_code == 200
 

@@ -122,8 +122,9 @@ def test_a_score_call_is_of_one_revision():
     body = {"text_1": ["1", "2", "3"], "text_2": DOCUMENTS[:3], "model": "small"}
     answer = Gateway(Replaced("old", "old", "new", "new")).post("/v1/score", body).json()
     assert {entry["score"] for entry in answer["data"]} == {0.9}
+    # Of unlike machines, which both go on: better two revisions than none.
     never = Gateway(Replaced(*["old", "new", "new"] + ["old", "new", "new", "old"] * 9)).post("/v1/score", body)
-    assert (never.status_code, never.json()["error"]["code"]) == (503, "unavailable")
+    assert {entry["score"] for entry in never.json()["data"]} == {0.1, 0.9}
 
 
 def test_distinct_queries_of_a_score_call_are_under_way_together():

@@ -234,6 +234,16 @@ def test_calls_that_ask_no_model_say_nothing_of_it() -> None:
     asyncio.run(scenario())
 
 
+def test_a_stable_side_that_fails_is_forced_to_compute_no_more_often() -> None:
+    async def scenario() -> None:
+        async with Gateway(split(0)) as gateway:
+            gateway.fleet.does["old"] = BROKEN["no-replica"]
+            assert (await gateway.rerank()).json()["meta"]["degraded"]
+            assert not gateway.rollouts.wants_computed(Place(split(0), "stable"))
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("documents", "mirrored"), [(DOCUMENTS[:1], 0), (DOCUMENTS[:2], 1)])
 def test_an_order_of_one_document_agrees_with_nothing(documents: list[str], mirrored: int) -> None:
     async def scenario() -> None:

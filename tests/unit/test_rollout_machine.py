@@ -216,6 +216,14 @@ def test_a_clock_set_back_begins_a_wait_anew(step, waits_s, then):
     assert at(run.look()) == then
 
 
+def test_a_clock_set_back_leaves_clicks_to_judge():
+    run = Run(document(on_failure="pause")).to_step(1)
+    run.look("fail")
+    run.look("fail")
+    run.do("resume")
+    assert run.look(after_s=-3600).clicks_from == run.now
+
+
 def test_a_clock_set_back_ends_no_waiting_for_a_replica():
     run = Run(document())
     run.look()

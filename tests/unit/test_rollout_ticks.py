@@ -518,6 +518,11 @@ def test_events_that_are_quicker_than_the_news_of_their_search_count(
         await controller.tick()
         assert [(c.role, c.impressions) for c in store.event_counts(rollout)] == [("canary", 1)]
         assert not controller._early
+        for i in range(3):
+            await controller.events([Event(f"s{i}-{j}", "nobody's", "click") for j in range(600)])
+        for left in (1, 0):
+            await controller.tick()
+            assert len(controller._early) == left
         for i in range(30):
             await controller.events([Event(f"e{i}-{j}", "nobody's", "click") for j in range(1000)])
         assert sum(len(events) for _, events in controller._early) == module._EVENTS_WAITING
@@ -536,7 +541,13 @@ def test_a_rollout_ends_when_its_canary_is_in_no_settings_any_more(
         await ticks_until(controller, lambda: status(store, rollout) == begun)
         without = deployed(settings(ROUTES))
         del without.pipelines["canary"]
-        # Settings that are being changed are no reason yet.
+        # Settings that are being changed are no reason yet, nor are those of a gateway without the route.
+        other = deployed(settings(["other"]))
+        del other.pipelines["canary"]
+        monkeypatch.setattr(controller, "_deployed", {})
+        await controller.exchange(News("g", other))
+        assert not controller._gone(store.get(rollout))
+        assert not controller._gone_since
         for known in (without, deployed(settings(ROUTES)), without):
             await controller.exchange(News("g", known))
             await controller.tick()
