@@ -11,6 +11,8 @@ INDEX := .run/index/catalog
 
 .PHONY: soak help setup setup-dev setup-clients index serve stop lint test test-unit test-cluster-files manifests clean simulate bench bench-gpu
 .SILENT:
+# `make -j` would set up one environment twice at a time.
+.NOTPARALLEL:
 
 help:
 	echo "make serve [CONFIG=configs/local.yaml] [PORT=8000] [GPU=1]   serve a config in the foreground"

@@ -15,8 +15,11 @@ case $purpose in
   dev) extras=$device,ui,dev serve_it="dev bench" ;;
   bench) extras=$device,ui,dev,bench serve_it=bench ;;
 esac
+# One whose Python is gone, or whose making was cut short, is made anew.
+works=
+"$venv/bin/python" -c 'import pip' 2>/dev/null && works=yes
 for made in $serve_it; do
-  [ "$(cat "$venv/.made-for-$made" 2>/dev/null)" = "$wanted" ] && exit 0
+  [ -n "$works" ] && [ "$(cat "$venv/.made-for-$made" 2>/dev/null)" = "$wanted" ] && exit 0
 done
 
 python=
@@ -37,7 +40,7 @@ if [ "$device" = gpu ]; then
     fail "the GPU build needs a C compiler and $headers/Python.h; install them (Debian: apt-get install gcc python3-dev)"
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "could not make the virtual environment $venv"
+[ -n "$works" ] || "$python" -m venv --clear "$venv" || fail "could not make the virtual environment $venv"
 
 echo "setup: installing the $device build into $venv (about 4 GB, some minutes; the log is $venv/install.log)"
 . scripts/packages.sh

@@ -12,6 +12,7 @@ ADMIN_KEY = "SERVE_APP_ADMIN_KEY"
 API_KEY = "SERVE_APP_API_KEY"
 # Of every Redis whose url brings none, so that none need stand in a config file.
 REDIS_PASSWORD = "SERVE_APP_REDIS_PASSWORD"
+CACHE_REDIS_PASSWORD = "SERVE_APP_CACHE_REDIS_PASSWORD"
 
 
 def secret(variable: str) -> str:
@@ -30,8 +31,9 @@ def bearer(variable: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def redis_password() -> str | None:
-    return os.environ.get(REDIS_PASSWORD) or None
+def redis_password(variable: str = REDIS_PASSWORD) -> str | None:
+    """The rollouts' store and the score cache have servers of their own, and so passwords."""
+    return os.environ.get(variable) or None
 
 
 def refuse_strangers(host: str | None) -> None:

@@ -207,7 +207,8 @@ class Cache(Block):
     # 200 candidates of 1 KB take half a megabyte; 0: every search asks recall.
     recall_max_bytes: int = Field(default=64 * 2**20, ge=0)
     ttl_s: int = Field(default=3600, ge=1, le=30 * 86_400)
-    # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS; SERVE_APP_REDIS_PASSWORD as above.
+    # redis://[[user]:password@]host[:port][/db], or rediss:// for TLS; the password may also be
+    # SERVE_APP_CACHE_REDIS_PASSWORD in the environment.
     redis: SecretStr | None = None
 
     @field_validator("redis")

@@ -216,7 +216,7 @@ class Fleet:
     async def _watch(self) -> None:
         while True:
             try:
-                self.apps = await asyncio.to_thread(applications)
+                self.apps = carried_over(self.apps or {}, await asyncio.to_thread(applications))
             except Exception as error:
                 # The controller may be restarting; what was known stays in force.
                 logger.warning("Serve's status could not be read: %s", error)
@@ -249,6 +249,15 @@ class Fleet:
             async with asyncio.timeout(_INFO_TIMEOUT_S):
                 told = await self._call(app, deployment, _TOLD_BY[deployment])
             self.fingerprints.heard(app, told.get("fingerprint", ""), asked_at)
+
+
+def carried_over(before: dict[str, AppStatus], now: dict[str, AppStatus]) -> dict[str, AppStatus]:
+    """What Serve says `now`. While it builds an application anew, as for other `args`, it names none of the
+    application's deployments; those `before` go on serving."""
+    for name, app in now.items():
+        if not app.running and name in before and app.status != "DELETING":
+            app.running = before[name].running
+    return now
 
 
 async def all_or_none(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -21,7 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
-from serve_app.access import redis_password
+from serve_app.access import CACHE_REDIS_PASSWORD, redis_password
 from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.cache import Keys, Patience, Scores, Times
 
@@ -68,7 +68,7 @@ class RedisTier:
         self._redis: Any = redis.Redis.from_url(
             url,
             # Where the url brings none.
-            password=redis_password(),
+            password=redis_password(CACHE_REDIS_PASSWORD),
             protocol=2,
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,

@@ -43,6 +43,26 @@ def test_a_missing_interpreter_is_one_clear_line(tmp_path):
     assert re.fullmatch(r"setup: needs Python 3\.11 to 3\.13 and found none; .*\n", answer.stderr), answer
 
 
+def test_an_environment_that_was_cut_short_is_made_anew(tmp_path):
+    """As by Ctrl-C, when it has a Python and no pip; the installation then needs a network."""
+    project = tmp_path / "project"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
+    nowhere = "http://127.0.0.1:9/"
+    without_network = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
+    answer = setup(
+        tmp_path,
+        PIP_INDEX_URL=nowhere,
+        TORCH_INDEX=nowhere,
+        PIP_RETRIES="0",
+        PIP_NO_CACHE_DIR="1",
+        **without_network,
+    )
+    assert "is the network up?" in answer.stderr
+    python = str(project / ".venv" / "bin" / "python")
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0
+
+
 def test_a_missing_compiler_is_said_before_the_gpu_build_is_installed(tmp_path):
     answer = setup(tmp_path, "gpu", CC="/nowhere/cc", PATH=tools(tmp_path), PYTHON=sys.executable)
     assert answer.returncode == 1

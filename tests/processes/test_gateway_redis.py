@@ -98,7 +98,9 @@ def test_a_gateway_finds_what_another_computed(server):
 
 
 def test_the_password_may_be_in_the_environment(server, monkeypatch):
-    monkeypatch.setenv("SERVE_APP_REDIS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("SERVE_APP_CACHE_REDIS_PASSWORD", PASSWORD)
+    # The rollouts' store's own, which a server without a password would refuse.
+    monkeypatch.setenv("SERVE_APP_REDIS_PASSWORD", "another")
 
     async def check():
         scoring = gateway(Replicas(), url_of(server, password=""))

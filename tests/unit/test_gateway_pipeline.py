@@ -14,12 +14,13 @@ from serve_app.config import Fusion, Stage
 from serve_app.gateway import lexical
 from serve_app.gateway.breaker import Breaker
 from serve_app.gateway.deadline import Deadline
-from serve_app.gateway.fleet import Fleet
+from serve_app.gateway.fleet import Fleet, carried_over
 from serve_app.gateway.fusion import best_first, fuse
 from serve_app.gateway.pipeline import StageFailure, run
 from serve_app.gateway.scripts import foreign_letter
 from serve_app.reranker.messages import EngineError, EngineFullError, ScoreRequest, ScoreResult
 from serve_app.rollout.split import choose
+from serve_app.status import AppStatus
 
 scores = st.floats(-50, 50, allow_nan=False)
 
@@ -341,3 +342,17 @@ def test_the_split_follows_the_weights():
     counted = collections.Counter(choose({"a": 10, "b": 30}, str(i), "route") for i in range(20_000))
     # Four standard deviations of a binomial share of 0.25.
     assert abs(counted["a"] / 20_000 - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 20_000)
+
+
+def test_replicas_that_serve_while_their_application_is_built_anew_are_called():
+    """Serve names no deployments of an application from the deploy of other `args` until they are built."""
+    before = {"catalogue": AppStatus("RUNNING", {"Recall": 2}), "gone": AppStatus("RUNNING", {"Reranker": 1})}
+    built = carried_over(before, {"catalogue": AppStatus("DEPLOYING"), "gone": AppStatus("DELETING")})
+    assert (built["catalogue"].running, built["gone"].running) == ({"Recall": 2}, {})
+    # From one look to the next, until there is news.
+    assert carried_over(built, {"catalogue": AppStatus("DEPLOYING")})["catalogue"].running == {"Recall": 2}
+    news = {"catalogue": AppStatus("DEPLOYING", {"Recall": 0}), "new": AppStatus("DEPLOYING")}
+    assert {name: app.running for name, app in carried_over(built, news).items()} == {
+        "catalogue": {"Recall": 0},
+        "new": {},
+    }
