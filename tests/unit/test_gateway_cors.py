@@ -64,6 +64,9 @@ def test_what_a_page_of_another_origin_sends_unasked_is_not_done(site):
     everybody = Gateway()
     allow_origins(everybody.app, GatewayArgs(cors_origins=("*",)).cors_origins)
     assert everybody.post("/v1/search", {"query": "cats"}, {**headers, "Origin": OTHER}).status_code == 200
+    # By leave that a proxy has given.
+    with_key = {**headers, "Origin": OTHER, "Authorization": "Bearer key"}
+    assert named.post("/v1/search", {"query": "cats"}, with_key).status_code == 200
     own = {"Origin": "https://search.example", "Sec-Fetch-Site": "same-origin"}
     assert gateway.post("/v1/search", {"query": "cats"}, own).status_code == 200
 
