@@ -408,19 +408,15 @@ def _shown(document: str | wire.TextDocument, text: str, rank_fields: list[str] 
     return sent if rank_fields else {**sent, "text": text}
 
 
+_UNION_MEMBERS = ("str", "TextDocument", "RerankBody", "TeiBody", "UbiEvent", "OtherEvent")
+
+
 def _path(loc: tuple[int | str, ...]) -> str:
     """`documents[3].text` for a pydantic location, without the names of union members."""
     path = ""
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in (
-            "str",
-            "TextDocument",
-            "RerankBody",
-            "TeiBody",
-            "UbiEvent",
-            "OtherEvent",
-        ) and not part.startswith(("list[", "function-")):
+        elif part not in _UNION_MEMBERS and not part.startswith(("list[", "function-")):
             path += f".{part}" if path else part
     return path

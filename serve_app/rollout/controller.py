@@ -84,6 +84,8 @@ class Controller:
         self._gone_since: dict[str, float] = {}
         self._early: deque[tuple[float, Sequence[Event]]] = deque()
         self._failing = ""
+        # Why gateways' news could not be stored, as it was said last.
+        self._unstored = ""
         self._stuck: dict[str, str] = {}
 
     # ---- the loop
@@ -258,9 +260,12 @@ class Controller:
             if news.reports:
                 await asyncio.to_thread(self.store.add_figures, news.reports)
                 self._looks.heard(news.reports)
+                self._unstored = ""
         except StoreError as error:
-            logger.warning("what gateway %s counted could not be stored: %s", news.gateway, error)
-            stored = False
+            # Every gateway comes back once a second.
+            if str(error) != self._unstored:
+                logger.warning("what gateways counted could not be stored, they keep it: %s", error)
+            self._unstored, stored = str(error), False
         if time.monotonic() - self._splits_at > _SPLITS_S:
             await self._read_splits()
         return replace(self._splits, said_at=time.time(), stored=stored)
