@@ -22,21 +22,39 @@ class DrainError(Exception):
     """Why the node isn't empty, in one line."""
 
 
+class _Alone(Exception):
+    """Nobody who could take over has answered for `_ALONE_S`."""
+
+
 def drain(limit_s: float, port: int) -> None:
-    """Empties this machine's node within `limit_s`. When the cluster's head is away, nobody can take over: then it
-    waits until nobody is connected to `port` any more, or all deadlines are over. Raises DrainError."""
+    """Empties this machine's node within `limit_s`. Nobody can take over where the cluster's head is away, or goes
+    and stays away: then it waits until nobody is connected to `port` any more, or all deadlines are over. Raises
+    DrainError."""
+    deadlines_end_at = time.monotonic() + min(limit_s, _ALONE_S)
     address = os.environ.get("RAY_ADDRESS", "")
-    if not _reachable(address):
-        _wait(lambda: not _has_clients(port), min(limit_s, _ALONE_S))
-        return
-    import ray
+    failure = None
+    if _reachable(address):
+        # Ray ends a process that has not reached the head for a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(limit_s) + 60))
+        import ray
 
-    ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
-    empty(ray.get_runtime_context().get_node_id(), limit_s)
+        try:
+            ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+            empty(ray.get_runtime_context().get_node_id(), limit_s, lambda: _reachable(address))
+            return
+        except _Alone:
+            pass
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            failure = DrainError(f"Ray at {address} can't be asked: {error}")
+    while _has_clients(port) and time.monotonic() < deadlines_end_at:
+        time.sleep(_EVERY_S)
+    if failure is not None:
+        raise failure
 
 
-def empty(node_id: str, limit_s: float) -> None:
-    """Has Serve move everything off the node. Needs a connection to Ray. Raises DrainError."""
+def empty(node_id: str, limit_s: float, is_there: Callable[[], bool] = lambda: True) -> None:
+    """Has Serve move everything off the node. Needs a connection to Ray; `is_there` says whether the head answers.
+    Raises DrainError, and _Alone where nobody answers for longer than calls may take."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
@@ -50,12 +68,28 @@ def empty(node_id: str, limit_s: float) -> None:
     )
     if not accepted:
         raise DrainError(f"Ray doesn't drain node {node_id}: {reason}")
-    if not _wait(lambda: not _residents(node_id), limit_s):
-        raise DrainError(f"after {limit_s:g} s there still are {', '.join(_residents(node_id))}")
+    heard_at = time.monotonic()
+    give_up_at = heard_at + limit_s
+    was_empty = False
+    while True:
+        residents = _residents(node_id) if is_there() else None
+        now = time.monotonic()
+        if residents is not None:
+            heard_at = now
+        elif now - heard_at >= _ALONE_S:
+            raise _Alone
+        # Twice in a row: a head that is just going has no Serve, and a controller that has just come no proxies.
+        if residents == [] and was_empty:
+            return
+        if now >= give_up_at:
+            there = ", ".join(residents or ["what Serve's controller, which doesn't answer, would name"])
+            raise DrainError(f"after {limit_s:g} s there still are {there}")
+        was_empty = residents == []
+        time.sleep(_EVERY_S)
 
 
-def _residents(node_id: str) -> list[str]:
-    """Serve's replicas and proxy on the node; none where Serve doesn't run."""
+def _residents(node_id: str) -> list[str] | None:
+    """Serve's replicas and proxy on the node; none where Serve doesn't run. None: nobody knows just now."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -63,28 +97,24 @@ def _residents(node_id: str) -> list[str]:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         return []
+    # It comes back, with the head or on a new one.
+    except ray.exceptions.RayError:
+        return None
     try:
         details = ray.get(controller.get_serve_instance_details.remote(), timeout=_ANSWER_LIMIT_S)
     except ray.exceptions.RayError:
-        # It comes back, with the head or on a new one.
-        return ["what Serve's controller, which doesn't answer, would name"]
-    found = [
-        replica["replica_id"]
+        return None
+    replicas = [
+        replica
         for application in details["applications"].values()
         for deployment in application["deployments"].values()
         for replica in deployment["replicas"]
-        if replica.get("node_id") == node_id
     ]
-    return [*found, *(["the proxy"] if node_id in details["proxies"] else [])]
-
-
-def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
-    give_up_at = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() >= give_up_at:
-            return False
-        time.sleep(_EVERY_S)
-    return True
+    found = [replica["replica_id"] for replica in replicas if replica.get("node_id") == node_id]
+    found += ["the proxy"] if node_id in details["proxies"] else []
+    # A controller that has just come back doesn't know yet where these run.
+    is_recovering = any(replica["state"] == "RECOVERING" for replica in replicas)
+    return None if is_recovering and not found else found
 
 
 def _reachable(address: str) -> bool:

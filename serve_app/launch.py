@@ -6,6 +6,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -76,15 +77,17 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
             raise LaunchError(str(error)) from None
     _refuse_taken(host, port, "free it, or choose another: --port N, or PORT=N with make")
     if _is_open(config) and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1":
-        for name, default in _HAPROXY_PORTS.items():
-            _refuse_taken("0.0.0.0", int(os.environ.get(name) or default), f"free it, or set {name} to another")
+        for name in _HAPROXY_PORTS:
+            _refuse_taken("0.0.0.0", _haproxy_port(name), f"free it, or set {name} to another")
+        _make_private(_haproxy_folder())
     _refuse_missing_indexes(config)
     _adopt_orphans()
     _raise_stop_on_signals()
     with _pid_file(port):
         try:
             needed = {**least_resources(config), "cards": gpus_at_start(config)}
-            _start(raw, verbose, needed, {**ENVIRONMENT, **(FAST if _is_open(config) else {})})
+            fast = {**FAST, **_haproxy_files()} if _is_open(config) else {}
+            _start(raw, verbose, needed, {**ENVIRONMENT, **fast})
             _print_ready(config, host, port)
             _await_end_of_ray()
         except _Stop:
@@ -323,6 +326,41 @@ def _refuse_taken(host: str, port: int, remedy: str) -> None:
             raise LaunchError(
                 f"port {port} on {host} cannot be used ({error.strerror}){_holder(port)}; {remedy}"
             ) from None
+
+
+def _haproxy_port(name: str) -> int:
+    given = os.environ.get(name) or str(_HAPROXY_PORTS[name])
+    if not re.fullmatch("[0-9]{1,5}", given) or not 0 < int(given) < 65536:
+        raise LaunchError(f"{name} is {given!r}; allowed: 1 to 65535")
+    return int(given)
+
+
+def _haproxy_files() -> dict[str, str]:
+    """Serve's settings for HAProxy's files. Without them all users share a folder, which is the first one's."""
+    folder = _haproxy_folder()
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "SERVER_STATE_FILE": "server-state",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+    }
+    return {
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        **{f"RAY_SERVE_HAPROXY_{name}": f"{folder}/{file}" for name, file in files.items()},
+    }
+
+
+def _haproxy_folder() -> Path:
+    # Serve adds a node's id, and the path of a socket may have 107 characters: short, and not in TMPDIR.
+    return Path(f"/tmp/serve-{os.getuid()}")
+
+
+def _make_private(folder: Path) -> None:
+    """HAProxy obeys everybody who gets at its socket. Raises LaunchError."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.lstat().st_uid != os.getuid():
+        raise LaunchError(f"{folder}, where HAProxy's files belong, is another user's; remove it")
 
 
 def _holder(port: int) -> str:

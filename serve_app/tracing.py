@@ -39,11 +39,10 @@ def start(service: str, replica: str, environment: Mapping[str, str] = os.enviro
     if protocol != "http/protobuf":
         logger.error(f"no traces: OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}; allowed: http/protobuf")
         return False
-    try:
-        receiver = urlsplit(endpoint).netloc.rpartition("@")[2]
-    except ValueError:
+    receiver = _receiver(endpoint)
+    if receiver is None:
         # What it says may hold a password.
-        logger.error("no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL")
+        logger.error("no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL; allowed: http://HOST:PORT")
         return False
     try:
         from serve_app.otlp import Tracer
@@ -142,6 +141,17 @@ def _describe(span: Span, scope: Message, status: int) -> None:
             span.set(**{f"stage.{report.name}.cache_hits": report.cache_hits})
         if report.failure is not None:
             span.set(**{f"stage.{report.name}.degraded": report.failure.reason})
+
+
+def _receiver(endpoint: str) -> str | None:
+    """Host and port that the URL names, without a password; None where it is no URL."""
+    try:
+        url = urlsplit(endpoint)
+        # Of a port that is none, `port` raises.
+        is_url = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        return None
+    return url.netloc.rpartition("@")[2] if is_url else None
 
 
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str:

@@ -19,7 +19,12 @@ def dashboard_queries() -> list[str]:
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     queries += [v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
-    for variable, value in (("$__rate_interval", "1m"), ("$route", ".*"), ("$variant", ".*")):
+    for variable, value in (
+        ("$__rate_interval", "1m"),
+        ("$namespace", ".*"),
+        ("$route", ".*"),
+        ("$variant", ".*"),
+    ):
         queries = [query.replace(variable, value) for query in queries]
     return queries
 

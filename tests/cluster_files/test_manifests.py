@@ -232,6 +232,14 @@ def test_the_head_takes_no_load_and_comes_back(manifests: Manifests) -> None:
     assert arguments[arguments.index("--appendonly") + 1] == "yes"
 
 
+def test_workers_stay_for_a_day_when_the_head_is_away(manifests: Manifests) -> None:
+    name = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    for group in manifests.workers:
+        # By name and value: KubeRay looks at nothing else.
+        assert {"name": name, "value": "86400"} in _container(group)["env"]
+    assert name not in {variable["name"] for variable in _container(manifests.head)["env"]}
+
+
 def test_ray_asks_for_a_token_and_scales_nodes(manifests: Manifests) -> None:
     cluster = manifests.service["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}

@@ -62,6 +62,21 @@ def test_the_dashboards_queries_are_valid(promtool: str, tmp_path: Path) -> None
     run(promtool, "check", "rules", path)
 
 
+def test_no_fleet_hides_another_one() -> None:
+    """Each has a namespace of its own, by which prometheus.yaml labels it."""
+    for rule in rules():
+        assert not re.search(r"\b(?:sum|min|max|avg|count|group)\s*\(", rule["expr"]), rule["expr"]
+        kept = re.findall(r"\b(?:by|on) \(([^)]*)\)", rule["expr"])
+        assert all("namespace" in labels.split(", ") for labels in kept), rule["expr"]
+    choice = "label_values(ray_serve_app_gateway_problem, namespace)"
+    assert choice in dashboard_queries()
+    for query in set(dashboard_queries()) - {choice}:
+        # What stands for the one that is chosen.
+        asked = re.findall(r'(?:ray_serve_[a-z_]+|serve_app:[a-z_]+)({namespace=~"\.\*")?', query)
+        assert asked, query
+        assert all(asked), query
+
+
 def test_what_is_named_is_documented() -> None:
     """Serve's own are named below the table."""
     page = (ROOT / "docs" / "operations.md").read_text()

@@ -1,12 +1,14 @@
-"""`serve-app up` around Ray: what stops it, and how it watches Ray's own processes."""
+"""`serve-app up` around Ray: what it sets for HAProxy, what stops it, and how it watches Ray's own processes."""
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from ray.serve._private import constants
 
 from serve_app import launch
 from serve_app.launch import LaunchError
@@ -90,3 +92,40 @@ def test_ray_without_one_of_its_own_processes_has_ended(monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "_descendants", lambda: [Process(name) for name in there])
     with pytest.raises(LaunchError, match="Ray ended by itself"):
         launch._await_end_of_ray()
+
+
+@pytest.mark.parametrize("given", ["abc", "70000", "0", "-1", "80.5", "\u0663"])
+def test_a_port_of_haproxys_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", given)
+    with pytest.raises(LaunchError, match=f"^RAY_SERVE_HAPROXY_STATS_PORT is '{given}'; allowed: 1 to 65535$"):
+        launch._haproxy_port("RAY_SERVE_HAPROXY_STATS_PORT")
+
+
+@pytest.mark.parametrize(("given", "port"), [("", 8404), ("9000", 9000)])
+def test_a_port_of_haproxys_is_serves_own_or_the_users(
+    monkeypatch: pytest.MonkeyPatch, given: str, port: int
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", given)
+    assert launch._haproxy_port("RAY_SERVE_HAPROXY_STATS_PORT") == port
+
+
+def test_every_user_of_a_machine_has_haproxys_files_for_himself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 2**32 - 2)
+    files = launch._haproxy_files()
+    in_serve = {name for name, value in vars(constants).items() if str(value).startswith("/tmp/haproxy-serve")}
+    assert files.keys() == in_serve
+    for path in files.values():
+        assert path.startswith("/tmp/serve-4294967294")
+        folder, _, name = path.rpartition("/")
+        # With the node's id, and what HAProxy appends until the socket is there.
+        assert len(f"{folder}/{'0' * 56}/{name}.{2**22}.tmp") <= 107
+
+
+def test_nobody_else_gets_at_haproxys_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "serve-1"
+    for _ in range(2):
+        launch._make_private(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(LaunchError, match="serve-1, where HAProxy's files belong, is another user's; remove it"):
+        launch._make_private(folder)

@@ -136,9 +136,23 @@ def test_a_variable_that_opentelemetry_refuses_costs_the_traces_and_one_line(
     assert reason in line
 
 
-def test_an_endpoint_that_is_no_url_costs_the_traces_and_one_line(lines: list[str]) -> None:
-    assert not tracing.start("gateway", "1", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:secret@[::1:4318"})
-    assert lines == ["no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL"]
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://user:secret@[::1:4318",
+        "http://user:secret@collector:http",
+        "http://",
+        "http://:4318",
+        "http://collector:0",
+        "collector:4318",
+        "collector",
+        "//collector:4318",
+        "grpc://collector:4317",
+    ],
+)
+def test_an_endpoint_that_is_no_url_costs_the_traces_and_one_line(lines: list[str], endpoint: str) -> None:
+    assert not tracing.start("gateway", "1", {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+    assert lines == ["no traces: OTEL_EXPORTER_OTLP_ENDPOINT is not a URL; allowed: http://HOST:PORT"]
 
 
 def test_nothing_is_imported_or_recorded_without_an_endpoint() -> None:
