@@ -151,6 +151,7 @@ class Fusion(Block):
 class Pipeline(Block):
     """Recall depth, rerank stages in order, and fusion. No stages: BM25 alone."""
 
+    # Of a search that brings none; one that shows more (`top_n`) recalls as many as it shows.
     recall_k: int = Field(default=200, ge=1, le=10_000)
     stages: tuple[Stage, ...] = Field(default=(), max_length=8)
     # None: the last stage's scores alone decide.

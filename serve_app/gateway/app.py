@@ -81,6 +81,8 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def rerank_documents(request: Request, body: wire.RerankBody, shown_by_default: bool) -> Any:
         call = _call(service, request, body)
         query = body.query if isinstance(body.query, str) else _text(body.query, None, "query")
+        if body.rank_fields:
+            _check_rank_fields(body.documents, body.rank_fields)
         documents = [
             document if isinstance(document, str) else _text(document, body.rank_fields, f"documents[{i}]")
             for i, document in enumerate(body.documents)
@@ -102,10 +104,8 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
             call = replace(call, fresh=True)
         call, ranking = await service.rerank(call, body.query, body.texts, "texts")
         request.state.ran = call, ranking.reports
-        cut = max((report.truncated for report in ranking.reports), default=0)
-        if cut and not body.truncate:
-            message = f"{cut} of texts are longer than the model reads; truncate: true cuts them"
-            raise ApiError("prompt_too_long", message, param="texts")
+        if not body.truncate:
+            _check_whole(call, ranking.reports)
         return tei_answer(ranking, body.top_n, body.texts if body.return_text else None, body.raw_scores)
 
     @app.post(
@@ -146,8 +146,8 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
 
     async def score(request: Request) -> Response:
         async def answer(body: wire.ScoreBody) -> Any:
-            call, pairs = _call(service, request, body), body.pairs()
-            call, ranking = await service.score(call, pairs)
+            call = _call(service, request, body, scoring=True)
+            call, ranking = await service.score(call, body.pairs(), body.names())
             request.state.ran = call, ranking.reports
             return score_answer(call, ranking.scores, ranking.reports, body.use_activation is False)
 
@@ -157,13 +157,21 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
         app.post(path, **takes(wire.ScoreBody, wire.ScoreAnswer, "Score pairs (vLLM)", OF_CALLS))(score)
 
     @app.get("/v1/models/", include_in_schema=False)
-    @app.get("/v1/models", summary="Names that `model` may have", responses={s: ERRORS[s] for s in (401, 503)})
+    @app.get(
+        "/v1/models",
+        summary="Names that `model` may have",
+        responses={200: {"model": wire.ModelsAnswer}, **{s: ERRORS[s] for s in (401, 503)}},
+    )
     async def models(request: Request) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         return _json(service.models())
 
     # A route's name may have slashes, as they are or percent-encoded.
-    @app.get("/v1/models/{name:path}", summary="One of them", responses={s: ERRORS[s] for s in (401, 404, 503)})
+    @app.get(
+        "/v1/models/{name:path}",
+        summary="One of them",
+        responses={200: {"model": wire.ModelEntry}, **{s: ERRORS[s] for s in (401, 404, 503)}},
+    )
     async def model(request: Request) -> Response:
         service.keys.check(request.headers.get("authorization", ""))
         name = request.path_params["name"]
@@ -298,7 +306,9 @@ async def _read(request: Request, model: type[B], settings: GatewaySettings) -> 
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        # Of what a field may be, the one that came nearest.
+        problem = max(problems, key=lambda problem: len(problem["loc"]))
         param = _path(problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         raise ApiError(
@@ -306,11 +316,11 @@ async def _read(request: Request, model: type[B], settings: GatewaySettings) -> 
         ) from None
 
 
-def _call(service: Service, request: Request, body: Any) -> Call:
+def _call(service: Service, request: Request, body: Any, scoring: bool = False) -> Call:
     settings = service.settings
     named_route = getattr(body, "route", None)
-    user = getattr(body, "user", None) or _header_user(settings, request, named_route or body.model)
-    plan = resolve(settings, body.model, named_route, user, service.rollouts.of)
+    user = body.user or _header_user(settings, request, named_route or body.model)
+    plan = resolve(settings, body.model, named_route, user, service.rollouts.of, scoring)
     asked_ms = body.timeout_ms or _header_timeout_ms(request)
     template = getattr(body, "chat_template_kwargs", None)
     call = Call(
@@ -321,7 +331,7 @@ def _call(service: Service, request: Request, body: Any) -> Call:
         deadline=Deadline.after(timeout_ms(settings, plan, asked_ms) / 1e3),
         started=time.monotonic(),
         instruction=(template and template.instruction) or body.instruction,
-        max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None) or None,
+        max_tokens_per_doc=getattr(body, "max_tokens_per_doc", None),
         fresh="no-cache" in re.split(r"[\s,]+", request.headers.get("cache-control", "").lower()),
     )
     # Whatever becomes of it, it was the route's.
@@ -379,6 +389,30 @@ def _error(error: ApiError, request_id: str, headers: dict[str, str] | None = No
 # ---- dialects
 
 
+def _check_whole(call: Call, reports: Sequence[StageReport]) -> None:
+    """Refuses texts that a stage of the call's plan had to cut. Raises ApiError."""
+    cut, at = max(((report.truncated, i) for i, report in enumerate(reports)), default=(0, 0))
+    if not cut:
+        return
+    what = "are longer than the model reads"
+    cap = call.plan.stages[at].max_tokens_per_doc
+    if cap is not None:
+        name = f"pipelines.{call.plan.pipeline}.stages[{at}].max_tokens_per_doc"
+        what = f"have more than {cap} tokens ({name}), or more than the model reads"
+    raise ApiError("prompt_too_long", f"{cut} of texts {what}; truncate: true cuts them", param="texts")
+
+
+def _check_rank_fields(documents: Sequence[str | wire.TextDocument], rank_fields: list[str]) -> None:
+    """Refuses names that no object among the documents has: they are typing errors. Raises ApiError."""
+    objects = [(i, document) for i, document in enumerate(documents) if not isinstance(document, str)]
+    if not objects or any(document.model_fields_set.intersection(rank_fields) for _, document in objects):
+        return
+    i, document = objects[0]
+    wanted, there = (", ".join(names)[:200] for names in (rank_fields, sorted(document.model_fields_set)))
+    message = f"documents[{i}] has none of rank_fields ({wanted}); it has: {there or 'nothing'}"
+    raise ApiError("invalid_request", message, param="rank_fields")
+
+
 def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str) -> str:
     """The text to score of a document that is an object: its `text`, its `rank_fields` line by line, or what
     vLLM's parts in its `content` say."""
@@ -397,6 +431,8 @@ def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str
             except ValueError as error:
                 raise ApiError("invalid_request", f"{param} {error}", param=f"{param}.content") from None
         raise ApiError("invalid_request", f"{param} is an object without text", param=f"{param}.text")
+    if not isinstance(document.text, str):
+        raise ApiError("invalid_request", f"{param}.text: Input should be a valid string", param=f"{param}.text")
     return document.text
 
 

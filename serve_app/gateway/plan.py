@@ -1,6 +1,6 @@
 """From the name a client gives to what will run. Pure."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -68,9 +68,10 @@ def resolve(
     route: str | None,
     user: str | None,
     splits: Callable[[str], Sequence[Split]] = lambda route: (),
+    scoring: bool = False,
 ) -> Plan:
     """The plan for a route, pipeline or variant; the default route's when none is named. `splits` of a route are
-    its rollouts'. Raises ApiError."""
+    its rollouts'. `scoring`: only pipelines with a stage will do. Raises ApiError."""
     if route is not None:
         if model is not None:
             raise ApiError("invalid_request", "give model or route, not both", param="route")
@@ -78,18 +79,26 @@ def resolve(
             raise _unknown("route", route, settings.routes)
     name = route or model or settings.default_route
     if name in settings.routes:
-        chosen = choose(settings.routes[name].weights, user, salt=name)
-        # A gateway whose settings are behind serves what it knows.
-        known = [split for split in splits(name) if split.canary in settings.pipelines]
-        pipeline, placed = place(known, chosen, user)
+        known = _known_splits(settings, splits(name))
+        choice = _scoring_choice if scoring else _choice
+        pipeline, placed = choice(settings, name, known, user)
         plan = pipeline_plan(settings, pipeline, route=name)
         return plan if placed is None else replace(plan, place=placed)
     if name in settings.pipelines:
+        if scoring and not settings.pipelines[name].stages:
+            raise ApiError("invalid_request", f"{name} has no rerank stage to score with", param="model")
         return replace(pipeline_plan(settings, name, route=None), why="forced")
     if name in settings.variants:
         recall_k = min(_VARIANT_RECALL_K, settings.limits.max_recall_k)
         return Plan(name, None, None, recall_k, (Stage(variant=name),), why="forced")
     raise _unknown("model", name, [*settings.routes, *settings.pipelines, *settings.variants])
+
+
+def effective_weights(settings: GatewaySettings, route: str, splits: Sequence[Split]) -> dict[str, float]:
+    """Percent of the route's calls that each pipeline answers, `splits` of its rollouts included."""
+    weights = _moved(settings.routes[route].weights, _known_splits(settings, splits))
+    total = sum(weights.values())
+    return {pipeline: 100 * weight / total for pipeline, weight in weights.items()}
 
 
 def timeout_ms(settings: GatewaySettings, plan: Plan, asked: int | None) -> int:
@@ -115,6 +124,55 @@ def pipeline_plan(settings: GatewaySettings, name: str, route: str | None) -> Pl
     """The plan of the pipeline `name`, reached by `route`."""
     pipeline = settings.pipelines[name]
     return Plan(route or name, route, name, pipeline.recall_k, pipeline.stages, pipeline.fusion)
+
+
+def _known_splits(settings: GatewaySettings, splits: Sequence[Split]) -> list[Split]:
+    """A gateway whose settings are behind serves what it knows."""
+    return [split for split in splits if split.canary in settings.pipelines]
+
+
+def _choice(
+    settings: GatewaySettings, route: str, splits: Sequence[Split], user: str | None
+) -> tuple[str, Place | None]:
+    return place(splits, choose(settings.routes[route].weights, user, salt=route), user)
+
+
+def _scoring_choice(
+    settings: GatewaySettings, route: str, splits: Sequence[Split], user: str | None
+) -> tuple[str, Place | None]:
+    """As `_choice`, among the pipelines that have a stage: a user whose pipeline has one stays there, the others
+    are dealt out in proportion. Raises ApiError where there are none."""
+
+    def scores(pipeline: str) -> bool:
+        # A stable that this gateway doesn't know is nobody's choice.
+        return pipeline in settings.pipelines and bool(settings.pipelines[pipeline].stages)
+
+    # A canary that can't score is never tried.
+    splits = [split for split in splits if scores(split.canary) or not scores(split.stable)]
+    pipeline, placed = _choice(settings, route, splits, user)
+    if not scores(pipeline):
+        weights = _moved(settings.routes[route].weights, [split for split in splits if not scores(split.stable)])
+        able = {name: weight for name, weight in weights.items() if weight > 0 and scores(name)}
+        if not able:
+            listed = ", ".join(name for name, weight in weights.items() if weight > 0)
+            message = f"{route} has no pipeline with a rerank stage to score with; it has: {listed}"
+            raise ApiError("invalid_request", message, param="model")
+        pipeline, placed = place(splits, choose(able, user, salt=f"{route}\0score"), user)
+    if placed is not None and not scores(placed.split.stable):
+        # A stable that can't score is nothing to compare with, or to fall back to.
+        placed = None
+    return pipeline, placed
+
+
+def _moved(weights: Mapping[str, float], splits: Sequence[Split]) -> dict[str, float]:
+    """`weights` after what `splits`, oldest first, move from their stable to their canary."""
+    moved = dict(weights)
+    for split in splits:
+        if split.stable in moved:
+            kept = moved[split.stable] * (1 - min(split.weight, 100) / 100)
+            moved[split.canary] = moved.get(split.canary, 0) + moved[split.stable] - kept
+            moved[split.stable] = kept
+    return moved
 
 
 def _unknown(param: str, name: str, known: Iterable[str]) -> ApiError:

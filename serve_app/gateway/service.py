@@ -22,7 +22,7 @@ from serve_app.gateway.fusion import best_first
 from serve_app.gateway.keys import Keys
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
-from serve_app.gateway.plan import Call, variants_in_use
+from serve_app.gateway.plan import Call, effective_weights, variants_in_use
 from serve_app.gateway.recalling import Recalled, Recalling
 from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.scoring import Scoring
@@ -187,23 +187,26 @@ class Service:
         except StageFailure as failure:
             raise _nothing_possible(failure) from failure
 
-    async def score(self, call: Call, pairs: Sequence[tuple[str, str]]) -> tuple[Call, Ranking]:
+    async def score(
+        self, call: Call, pairs: Sequence[tuple[str, str]], params: tuple[str, str]
+    ) -> tuple[Call, Ranking]:
         """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered.
-        BM25 is no stand-in here: a score is a model's number or an error."""
-        check_documents(call.settings, [document for _, document in pairs], "text_2")
+        The call's plan must have a stage; the dialect calls the two sides `params`. BM25 is no stand-in here: a
+        score is a model's number or an error."""
+        left, right = params
+        check_documents(call.settings, [document for _, document in pairs], right)
         positions_of: dict[str, list[int]] = {}
         for position, (query, document) in enumerate(pairs):
             if is_blank(document):
-                raise ApiError("invalid_request", f"text_2[{position}] is blank", param=f"text_2[{position}]")
+                param = f"{right}[{position}]"
+                raise ApiError("invalid_request", f"{param} is blank", param=param)
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
-            check_query(call.settings, query, "text_1")
-        if call.plan.place is None:
-            _last_stage(call)
+            check_query(call.settings, query, left)
         self._spend(call, len(pairs))
 
         async def attempt(call: Call) -> Ranking:
-            return await self._score(call, pairs, positions_of)
+            return await self._score(call, pairs, positions_of, left)
 
         return await answer(
             self.rollouts,
@@ -215,9 +218,9 @@ class Service:
         )
 
     async def _score(
-        self, call: Call, pairs: Sequence[tuple[str, str]], positions_of: dict[str, list[int]]
+        self, call: Call, pairs: Sequence[tuple[str, str]], positions_of: dict[str, list[int]], query_param: str
     ) -> Ranking:
-        stage = _last_stage(call)
+        stage = call.plan.stages[-1]
         started = time.monotonic()
         scorer = self._scorer(call)
         places = asyncio.Semaphore(_QUERIES_AT_ONCE)
@@ -245,7 +248,7 @@ class Service:
                 what = "scores are of two revisions of"
                 logger.warning("request %s: %s %s, which answer in turns", call.request_id, what, stage.variant)
         except StageFailure as failure:
-            raise _nothing_possible(failure) from failure
+            raise _nothing_possible(failure, query_param) from failure
         scores = [0.0] * len(pairs)
         report = StageReport(stage.variant, took_ms=(time.monotonic() - started) * 1e3)
         for query, positions in positions_of.items():
@@ -307,11 +310,13 @@ class Service:
             written = [document for document in documents if not is_blank(document)]
             if not written:
                 return ScoreResult([0.0] * len(documents), [], 0, 0, 0, "", 0.0)
+            # The operator's bounds what a call costs; a client may ask for less.
+            caps = [cap for cap in (call.max_tokens_per_doc, stage.max_tokens_per_doc) if cap is not None]
             request = ScoreRequest(
                 query=query,
                 documents=written,
                 instruction=call.instruction or stage.instruction,
-                max_tokens_per_doc=call.max_tokens_per_doc or stage.max_tokens_per_doc,
+                max_tokens_per_doc=min(caps, default=None),
                 request_id=call.request_id,
                 priority=_MIRRORED_PRIORITY if call.mirrored else 0,
             )
@@ -342,7 +347,8 @@ class Service:
         settings = self.settings
         entries: list[dict[str, Any]] = []
         for name, route in settings.routes.items():
-            entries.append({"id": name, "kind": "route", "weights": route.weights})
+            effective = effective_weights(settings, name, self.rollouts.of(name))
+            entries.append({"id": name, "kind": "route", "weights": route.weights, "effective_weights": effective})
         for name, pipeline in settings.pipelines.items():
             entries.append({"id": name, "kind": "pipeline", **pipeline.model_dump(mode="json", exclude_none=True)})
         for name in settings.variants:
@@ -382,12 +388,6 @@ class Service:
         return ready, body
 
 
-def _last_stage(call: Call) -> Stage:
-    if not call.plan.stages:
-        raise ApiError("invalid_request", f"{call.plan.name} has no rerank stage to score with", param="model")
-    return call.plan.stages[-1]
-
-
 def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
     def skip(stage: Stage) -> str | None:
         scripts = () if call.plan.by_variant else call.settings.variants[stage.variant].scripts
@@ -399,9 +399,9 @@ def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
     return skip
 
 
-def _nothing_possible(failure: StageFailure) -> ApiError:
+def _nothing_possible(failure: StageFailure, query_param: str = "query") -> ApiError:
     if failure.reason == "prompt_too_long":
-        return ApiError("prompt_too_long", failure.detail, param="query")
+        return ApiError("prompt_too_long", failure.detail, param=query_param)
     code = {"timeout": "deadline_exceeded", "overloaded": "overloaded"}.get(failure.reason, "unavailable")
     return ApiError(code, failure.detail, retry_after_s=failure.retry_after_s)
 

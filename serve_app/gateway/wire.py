@@ -1,7 +1,7 @@
 """The bodies clients send and get: our own search, and the rerank dialects of Jina, Cohere, vLLM and TEI.
 
 Only the wire is described here. Our own bodies refuse unknown fields (they are typing errors); the dialects
-ignore them, because their clients send fields that mean nothing here (`max_chunks_per_doc`, `user`, …).
+ignore them, because their clients send fields that mean nothing here (`max_chunks_per_doc`, `priority`, …).
 """
 
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from pydantic import (
     Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
@@ -43,6 +44,21 @@ Instruction = Annotated[
 ]
 ModelName = Annotated[
     str | None, Field(default=None, description="A route, a pipeline or a variant; see GET /v1/models.")
+]
+
+User = Annotated[
+    str | None,
+    Field(default=None, max_length=256, description="One user always gets the same pipeline of a route."),
+]
+MaxTokensPerDoc = Annotated[
+    int | None,
+    Field(
+        default=None,
+        ge=0,
+        description="Documents are cut to this many tokens, or to what the pipeline allows, if that is less. "
+        "0: as the pipeline has it.",
+    ),
+    AfterValidator(lambda tokens: tokens or None),
 ]
 
 # The fields of the bodies below that hold a text for each pair.
@@ -74,7 +90,8 @@ class TextDocument(Body):
     `content` may hold vLLM's parts, all of them text."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    text: str | None = None
+    # Of any type where `rank_fields` name others: it isn't read there.
+    text: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})] = None
 
 
 class PartsDocument(Body):
@@ -126,13 +143,13 @@ class SearchBody(Body):
     query: str
     model: ModelName = None
     route: str | None = Field(default=None, description="A route, where `model` could also name other things.")
-    recall_k: int | None = Field(default=None, ge=1, description="Recall depth; the pipeline's if absent.")
+    recall_k: int | None = Field(
+        default=None, ge=1, description="Recall depth, at least `top_n`; the pipeline's if absent."
+    )
     top_n: int = Field(default=10, ge=1, description="How many results to answer with.")
     instruction: Instruction = None
     timeout_ms: TimeoutMs = None
-    user: str | None = Field(
-        default=None, max_length=256, description="One user always gets the same pipeline of a route."
-    )
+    user: User = None
     rerank: bool = Field(default=True, description="false: BM25 order, no model is asked.")
     explain: bool = Field(default=False, description="Adds every stage's score to every result.")
 
@@ -155,11 +172,9 @@ class RerankBody(Body):
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
     truncation_side: TruncationSide = None
-    max_tokens_per_doc: int | None = Field(
-        default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
-    )
+    max_tokens_per_doc: MaxTokensPerDoc = None
     timeout_ms: TimeoutMs = None
-    user: str | None = Field(default=None, max_length=256)
+    user: User = None
 
 
 class CohereV2Body(Body):
@@ -177,14 +192,12 @@ class CohereV2Body(Body):
     return_documents: bool | None = Field(
         default=False, description="Cohere's v2 has it no more; vLLM's and litellm's clients send it."
     )
-    max_tokens_per_doc: int | None = Field(
-        default=None, ge=0, description="Documents are cut to this many tokens. 0: not cut."
-    )
+    max_tokens_per_doc: MaxTokensPerDoc = None
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
     truncation_side: TruncationSide = None
     timeout_ms: TimeoutMs = None
-    user: str | None = Field(default=None, max_length=256)
+    user: User = None
 
 
 class TeiBody(Body):
@@ -202,6 +215,7 @@ class TeiBody(Body):
     truncation_direction: Literal["Right", "right"] = "Right"
     instruction: Instruction = None
     timeout_ms: TimeoutMs = None
+    user: User = None
 
 
 def _dialect(body: Any) -> str:
@@ -234,33 +248,41 @@ class ScoreBody(Body):
     instruction: Instruction = None
     chat_template_kwargs: ChatTemplateKwargs = None
     truncation_side: TruncationSide = None
-    max_tokens_per_doc: int | None = Field(default=None, ge=0)
+    max_tokens_per_doc: MaxTokensPerDoc = None
     timeout_ms: TimeoutMs = None
+    user: User = None
 
     @model_validator(mode="after")
     def _one_text_on_each_side(self) -> "ScoreBody":
         self.pairs()
         return self
 
+    def names(self) -> tuple[str, str]:
+        """Those that queries and documents were given under."""
+        return self._name("text_1", "queries", "data_1"), self._name("text_2", "documents", "items", "data_2")
+
     def pairs(self) -> list[tuple[str, str]]:
         """(query, document) for every score to be answered, in order."""
-        left = self._side("text_1", "queries", "data_1")
-        right = self._side("text_2", "documents", "items", "data_2")
+        names = self.names()
+        left, right = (_listed(getattr(self, name)) for name in names)
         if len(left) == 1:
             left = left * len(right)
         if len(left) != len(right):
             raise ValueError(
-                f"text_1 has {len(left)} texts and text_2 has {len(right)}; "
+                f"{names[0]} has {len(left)} texts and {names[1]} has {len(right)}; "
                 "allowed: one against any number, or as many on both sides"
             )
         return list(zip(left, right, strict=True))
 
-    def _side(self, *names: str) -> list[str]:
+    def _name(self, *names: str) -> str:
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
-        value: str | list[str] = getattr(self, given[0])
-        return [value] if isinstance(value, str) else value
+        return given[0]
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 class Degraded(BaseModel):
@@ -354,6 +376,25 @@ class ScoreAnswer(BaseModel):
     data: list[dict[str, Any]]
     usage: dict[str, int]
     meta: Meta
+
+
+class ModelEntry(BaseModel):
+    """A name that `model` may have. A pipeline's entry has its settings, too."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    kind: Literal["route", "pipeline", "variant"]
+    weights: dict[str, float] = Field(default={}, description="Of a route: as its settings have them.")
+    effective_weights: dict[str, float] = Field(
+        default={},
+        description="Of a route: percent of its calls that each pipeline answers now, rollouts included.",
+    )
+    running_replicas: int | None = Field(default=None, description="Of a variant; null while nobody knows.")
+
+
+class ModelsAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[ModelEntry]
 
 
 class ErrorBody(BaseModel):

@@ -13,7 +13,10 @@ from serve_app.gateway import service
 from serve_app.gateway.app import create_app
 from serve_app.gateway.errors import CODES
 from serve_app.gateway.pipeline import StageFailure
+from serve_app.gateway.plan import resolve
 from serve_app.reranker.messages import PromptTooLongError
+from serve_app.rollout.messages import Splits
+from serve_app.rollout.split import Split
 from tests.unit.gateway_double import DOCUMENTS, SETTINGS, FleetDouble, Gateway
 
 
@@ -86,6 +89,56 @@ def test_rerank_takes_object_documents_and_rank_fields():
     assert fleet.asked[1][1].documents == ['brand: N\ntags: ["x"]']
 
 
+def test_rank_fields_that_no_document_has_are_named(gateway):
+    documents = ["a", {"title": "b", "body": "c"}, {"title": "d"}]
+    body = {"query": "q", "documents": documents, "rank_fields": ["titel", "text"], "model": "small"}
+    refused = gateway.post("/v1/rerank", body)
+    assert refused.json()["error"]["param"] == "rank_fields"
+    message = "documents[1] has none of rank_fields (titel, text); it has: body, title"
+    assert (refused.status_code, refused.json()["message"]) == (400, message)
+
+
+def test_a_document_may_lack_a_field_that_another_has():
+    fleet = FleetDouble(lambda variant, request: [0.5] * len(request.documents))
+    documents = [{"title": "a"}, {"title": "b", "body": "c"}, {"title": "d", "body": None}]
+    body = {"query": "q", "documents": documents, "rank_fields": ["body"], "model": "small"}
+    answer = Gateway(fleet).post("/v1/rerank", body).json()
+    assert [result["index"] for result in answer["results"]] == [1, 0, 2]
+    assert fleet.asked[0][1].documents == ["body: c"]
+
+
+def test_a_text_is_looked_at_where_it_is_read():
+    fleet = FleetDouble(lambda variant, request: [0.5] * len(request.documents))
+    body = {"query": "q", "documents": [{"title": "a", "text": 5}], "model": "small", "return_documents": True}
+    answer = Gateway(fleet).post("/v1/rerank", {**body, "rank_fields": ["title"]}).json()
+    assert answer["results"][0]["document"] == {"title": "a", "text": 5}
+    refused = Gateway(fleet).post("/v1/rerank", body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "documents[0].text")
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_stage", "cap"),
+    [
+        (4096, 256, 256),
+        (100, 256, 100),
+        (0, 256, 256),
+        (None, 256, 256),
+        (4096, None, 4096),
+        (0, None, None),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/v1/score"])
+def test_documents_are_cut_to_the_smaller_of_the_calls_cap_and_the_stages(path, asked, of_stage, cap):
+    fleet = FleetDouble()
+    stage = {"variant": "small", "max_tokens_per_doc": of_stage}
+    gateway = Gateway(
+        fleet, {**SETTINGS, "pipelines": {**SETTINGS["pipelines"], "one": {"recall_k": 10, "stages": [stage]}}}
+    )
+    body = {"query": "q", "queries": "q", "documents": DOCUMENTS[:1], "max_tokens_per_doc": asked}
+    assert gateway.post(path, body).status_code == 200
+    assert fleet.asked[0][1].max_tokens_per_doc == cap
+
+
 def test_ties_keep_the_order_of_the_documents():
     gateway = Gateway(FleetDouble(lambda variant, request: [0.5] * len(request.documents)))
     answer = gateway.post("/v2/rerank", {"query": "q", "documents": DOCUMENTS, "model": "small"}).json()
@@ -147,10 +200,49 @@ def test_distinct_queries_of_a_score_call_are_under_way_together():
     assert answer["meta"]["stages"][0]["pairs"] == 16
 
 
-def test_a_score_of_nothing_is_refused(gateway):
-    response = gateway.post("/v1/score", {"text_1": "q", "text_2": ["a", " "], "model": "small"})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "text_2[1]"
+@pytest.mark.parametrize("user", [None, *map(str, range(10))])
+def test_a_score_call_gets_a_pipeline_of_the_route_that_can_score(gateway, user):
+    body = {"text_1": "q", "text_2": DOCUMENTS[:2], "model": "split", "user": user}
+    answer = gateway.post("/v1/score", body)
+    assert (answer.status_code, answer.json()["meta"]["pipeline"]) == (200, "one")
+
+
+def test_a_route_that_cannot_score_says_which_pipelines_it_has():
+    gateway = Gateway(settings={**SETTINGS, "routes": {"words": {"weights": {"bm25": 1, "one": 0}}}})
+    refused = gateway.post("/v1/score", {"text_1": "q", "text_2": "d"}).json()
+    assert refused["message"] == "words has no pipeline with a rerank stage to score with; it has: bm25"
+    assert refused["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"])
+def test_a_user_gets_one_pipeline_by_every_path(path):
+    fleet = FleetDouble()
+    routes = {"default": {"weights": {"one": 50, "two": 50}}}
+    asked = {"one": "small", "two": "large"}
+    pipelines = {name: {"recall_k": 10, "stages": [{"variant": variant}]} for name, variant in asked.items()}
+    gateway = Gateway(fleet, {**SETTINGS, "pipelines": pipelines, "routes": routes})
+    documents = "texts" if path == "/rerank" else "documents"
+    users = [f"u{i}" for i in range(12)]
+    for i, user in enumerate(users):
+        body = {"query": "q", "queries": "q", documents: [f"document number {i}"], "user": user}
+        assert gateway.post(path, body).status_code == 200
+    assert [variant for variant, _ in fleet.asked] == [
+        asked[resolve(gateway.service.settings, None, None, user).pipeline] for user in users
+    ]
+
+
+@pytest.mark.parametrize(("left", "right"), [("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2")])
+def test_errors_of_a_score_call_name_what_was_sent(gateway, left, right):
+    def refused(queries, documents):
+        body = {left: queries, right: documents, "model": "small"}
+        error = gateway.post("/v1/score", body).json()["error"]
+        return error["param"], error["message"]
+
+    assert refused("q", ["a", " "]) == (f"{right}[1]", f"{right}[1] is blank")
+    assert refused("q", [" "]) == (right, f"{right} holds nothing but blank texts")
+    assert refused(" ", ["a"]) == (left, f"{left} is empty")
+    assert refused("q", ["a", 7]) == (f"{right}[1]", f"{right}[1]: Input should be a valid string")
+    assert refused(["p", "q"], ["a", "b", "c"])[1].startswith(f"{left} has 2 texts and {right} has 3;")
 
 
 def test_cohere_v2_refuses_object_documents(gateway):
@@ -250,7 +342,7 @@ def test_a_prompt_without_room_is_the_callers_error(path):
     )
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "prompt_too_long"
-    assert response.json()["error"]["param"] == "query"
+    assert response.json()["error"]["param"] == ("text_1" if path == "/v1/score" else "query")
 
 
 def test_a_search_whose_query_is_too_long_for_a_model_keeps_the_order_that_there_is():
@@ -298,6 +390,13 @@ BAD_CALLS = {
     "object without text": (
         "/v1/rerank",
         {**RERANK, "documents": ["a", {"title": "t"}]},
+        400,
+        "invalid_request",
+        "documents[1].text",
+    ),
+    "text of a number": (
+        "/v1/rerank",
+        {**RERANK, "documents": ["a", {"text": 5}]},
         400,
         "invalid_request",
         "documents[1].text",
@@ -414,6 +513,27 @@ def test_models_lists_every_name(gateway):
     assert kinds["default"] == "route"
     assert kinds["cascade"] == "pipeline"
     assert kinds["small"] == "variant"
+
+
+def test_a_route_shows_what_its_pipelines_get_now():
+    routes = {"default": {"weights": {"one": 3, "bm25": 1, "cascade": 0}}}
+    gateway = Gateway(settings={**SETTINGS, "routes": routes})
+
+    def effective(*splits):
+        gateway.service.rollouts._splits = Splits({"default": splits})
+        entry = gateway.request("GET", "/v1/models/default").json()
+        assert entry["weights"] == routes["default"]["weights"]
+        return entry["effective_weights"]
+
+    assert effective() == {"one": 75, "bm25": 25, "cascade": 0}
+    live = Split("r2", "default", "fused", "cascade", 50)
+    promoted = Split("r1", "default", "one", "fused", 100, live=False)
+    assert effective(promoted, live) == {"one": 0, "bm25": 25, "fused": 37.5, "cascade": 37.5}
+    # Not of this route's pipelines, and one that this gateway doesn't know.
+    foreign, unknown = replace(live, stable="cascade"), replace(promoted, canary="later")
+    assert effective(foreign, unknown) == {"one": 75, "bm25": 25, "cascade": 0}
+    schemas = gateway.request("GET", "/openapi.json").json()["components"]["schemas"]
+    assert "effective_weights" in schemas["ModelEntry"]["properties"]
 
 
 def test_openapi_describes_every_body(gateway):

@@ -295,6 +295,18 @@ def test_a_key_over_its_rate_gets_429_and_others_go_on(keys_file):
     assert gateway.post("/v1/rerank", body, {"Authorization": bearer(SHOP)}).status_code == 200
 
 
+def test_gateways_share_a_keys_rate(keys_file, monkeypatch):
+    gateway = Gateway()
+    gateway.service.keys = keys(keys_file)
+    gateway.service.application = "gateway"
+    running = {("gateway", "Gateway"): 4}
+    monkeypatch.setattr(gateway.fleet, "running", lambda app, deployment: running.get((app, deployment)))
+    body = {"query": "cats", "documents": [f"document number {i}" for i in range(20)]}
+    answers = [gateway.post("/v1/rerank", body, {"Authorization": bearer(CRAWLER)}) for _ in range(4)]
+    # A fourth of what two seconds have.
+    assert [answer.status_code for answer in answers] == [200] * 3 + [429]
+
+
 def test_a_new_key_gets_in_by_the_line_that_was_made_for_it(tmp_path):
     key, line = new_key("partner")
     path = tmp_path / "keys.yaml"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from serve_app import __version__
-from tests.unit.gateway_double import FleetDouble, Gateway
+from tests.unit.gateway_double import SETTINGS, FleetDouble, Gateway
 
 TEXTS = ["document number 3", "document number 9", "document number 5"]
 
@@ -67,6 +67,20 @@ def test_truncate_false_refuses_texts_that_would_be_cut():
     assert tei(Gateway(), truncate=False).status_code == 200
     # As with TEI, whose field may be null.
     assert tei(gateway, truncate=None).status_code == 200
+
+
+def test_truncate_false_names_the_cap_of_the_stage_that_cut():
+    stages = [{"variant": "large", "keep": 3}, {"variant": "small", "max_tokens_per_doc": 256}]
+    settings = {
+        **SETTINGS,
+        "pipelines": {"capped": {"recall_k": 10, "stages": stages}},
+        "routes": {"default": {"weights": {"capped": 1}}},
+    }
+    refused = tei(Gateway(Cutting(), settings), truncate=False, model="capped").json()
+    assert refused["message"] == (
+        "2 of texts have more than 256 tokens (pipelines.capped.stages[1].max_tokens_per_doc), or more than the "
+        "model reads; truncate: true cuts them"
+    )
 
 
 def test_texts_cannot_be_cut_on_the_left():

@@ -148,6 +148,49 @@ def test_a_rollout_moves_calls_of_its_route_and_nobody_who_asks_for_a_pipeline()
         resolve(settings, "two", None, "ann", splits)
 
 
+def scoring(user: str, *splits: Split, route: str = "split"):
+    return resolve(settings, route, None, user, splits_of(*splits), scoring=True)
+
+
+def test_a_score_call_is_no_trial_of_a_canary_without_stages():
+    for route in ("default", "split"):
+        for live in (True, False):
+            to_bm25 = Split("r1", route, "one", "bm25", 100.0, live=live)
+            plan = scoring("ann", to_bm25, route=route)
+            assert (plan.pipeline, plan.place) == ("one", None)
+
+
+def test_a_score_call_that_its_stable_could_not_answer_is_no_trial():
+    """Of bm25's half, cascade has half."""
+    users = [f"u{i}" for i in range(3000)]
+    from_bm25 = Split("r1", "split", "bm25", "cascade", 50.0)
+    plans = {user: scoring(user, from_bm25) for user in users}
+    assert {plan.place for plan in plans.values()} == {None}
+    counts = collections.Counter(plan.pipeline for plan in plans.values())
+    assert counts["one"] + counts["cascade"] == len(users)
+    assert counts["one"] / len(users) == pytest.approx(2 / 3, abs=0.03)
+    for user in users:
+        found = resolve(settings, "split", None, user, splits_of(from_bm25)).pipeline
+        assert found in ("bm25", plans[user].pipeline), "a user stays where a score can be had"
+
+
+def test_a_route_scores_by_what_it_was_promoted_to():
+    words = GatewaySettings.model_validate({**SETTINGS, "routes": {"default": {"weights": {"bm25": 1}}}})
+    promoted = split(100, stable="bm25", canary="one", live=False)
+    assert resolve(words, None, None, "ann", splits_of(promoted), scoring=True).pipeline == "one"
+    shadow = split(0, stable="bm25", canary="one")
+    with pytest.raises(ApiError, match="it has: bm25"):
+        resolve(words, None, None, "ann", splits_of(shadow), scoring=True)
+
+
+def test_score_calls_have_a_part_in_a_trial_of_two_rerankers():
+    trial = Split("r1", "split", "one", "cascade", 25.0)
+    plans = [scoring(f"u{i}", trial) for i in range(2000)]
+    roles = collections.Counter(plan.place.role for plan in plans if plan.place is not None)
+    assert roles["canary"] + roles["stable"] == len(plans)
+    assert roles["canary"] / len(plans) == pytest.approx(0.25, abs=0.03)
+
+
 def test_the_routes_own_weights_choose_first_and_stay():
     """A rollout on one of a route's pipelines leaves the calls of the others alone."""
     moving = Split("r1", "split", "one", "cascade", 100.0)
