@@ -2,7 +2,7 @@
 bench/results/. Larger models and indexes are the modules' own arguments; `engine`, `startup` and
 `rollout` are run by themselves.
 
-python -m bench [--rounds N] [NAME ...]
+python -m bench [NAME ...]
 """
 
 import argparse

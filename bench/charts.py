@@ -37,7 +37,9 @@ def _peers(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
 
 
 def _engine(result: dict[str, Any]) -> Iterator[tuple[str, str, Groups]]:
-    for shape, ways in result["pairs_per_s"].items():
+    for shape, measured in result["pairs_per_s"].items():
+        # Of older results, all shapes were one run's.
+        ways = measured.get("ways", measured)
         bars = {way: dict(zip(("1 call", "8 calls"), found["rates"], strict=True)) for way, found in ways.items()}
         yield f"Ways to drive the engine, {shape} model", "pairs a second", bars
 

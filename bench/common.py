@@ -33,6 +33,11 @@ _PACKAGES = (
     "rank-bm25",
     "serve-app",
 )
+# Before the benchmark's own work, of which the load would otherwise be.
+_BEFORE = {
+    "load_before": round(os.getloadavg()[0], 2),
+    "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on; load and time (UTC) of when this process began."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -76,8 +81,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "versions": versions,
-        "load_before": round(os.getloadavg()[0], 2),
-        "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        **_BEFORE,
     }
 
 
@@ -113,6 +117,13 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def saved(name: str) -> dict[str, Any]:
+    """What `save` wrote last; empty where that was nothing."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
 async def open_loop(
     url: str, bodies: Iterator[dict[str, Any]], rate: float, seconds: float, seed: int = 0
 ) -> list[float]:
@@ -144,9 +155,10 @@ async def closed_loop(
     clients: int,
     seconds: float,
     headers: dict[str, str] | None = None,
-) -> list[float]:
-    """Seconds that calls took of `clients` that each send the next call when they have the last one's answer.
-    Raises where one isn't answered with 200."""
+) -> tuple[list[float], float]:
+    """Seconds that calls took of `clients` that each send the next call when they have the last one's answer, and
+    seconds until all had theirs: those under way after `seconds` count too. Raises where one isn't answered with
+    200."""
     took: list[float] = []
 
     async def client() -> None:
@@ -158,8 +170,9 @@ async def closed_loop(
                 raise RuntimeError(f"{url} answered {status}: {answer[:300]!r}")
         connection.close()
 
-    end = time.monotonic() + seconds
+    start = time.monotonic()
+    end = start + seconds
     async with asyncio.timeout(seconds + 60), asyncio.TaskGroup() as group:
         for _ in range(clients):
             group.create_task(client())
-    return took
+    return took, time.monotonic() - start

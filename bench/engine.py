@@ -7,7 +7,6 @@ overhead and on one that computes.
 import argparse
 import asyncio
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -19,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, Spread, percentile, save, show
+from bench.common import Spread, machine, percentile, save, saved, show
 from serve_app.config import RerankerArgs
 from serve_app.reranker.engine import Engine, cpu_has_bf16, prepare_environment
 from serve_app.reranker.engine_args import engine_settings
@@ -63,20 +62,32 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all; results of others stay")
     args = parser.parse_args()
     result = run(args.rounds, args.shape or tuple(SHAPES))
-    for shape, ways in result["pairs_per_s"].items():
-        _show(shape, ways)
-    if (before := RESULTS / "engine.json").is_file():
-        result["pairs_per_s"] = json.loads(before.read_text())["pairs_per_s"] | result["pairs_per_s"]
-    print(save("engine", result))
+    for shape, found in result["pairs_per_s"].items():
+        _show(shape, found["ways"])
+    print(save("engine", with_kept(result, saved("engine"))))
 
 
 def run(rounds: int, shapes: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
     """Every way in a process of its own, all of them loaded, and one at a time working."""
     with tempfile.TemporaryDirectory() as folder:
         return {
-            "rounds": rounds,
-            "pairs_per_s": {shape: _compare(Path(folder), shape, rounds) for shape in shapes},
+            "pairs_per_s": {
+                shape: {"machine": machine(), "rounds": rounds, "ways": _compare(Path(folder), shape, rounds)}
+                for shape in shapes
+            }
         }
+
+
+def with_kept(result: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Shapes that weren't measured this time stay, with the machine and the rounds of their own run."""
+    kept = {
+        # Shapes had no machine of their own once: theirs is the file's.
+        shape: found
+        if "ways" in found
+        else {"machine": before["machine"], "rounds": before["rounds"], "ways": found}
+        for shape, found in before.get("pairs_per_s", {}).items()
+    }
+    return {**result, "pairs_per_s": kept | result["pairs_per_s"]}
 
 
 def _show(shape: str, ways: dict[str, Any]) -> None:

@@ -66,11 +66,11 @@ def _fleet(base: str, rounds: int) -> dict[str, dict[str, Spread]]:
         uvloop.run(closed_loop(base + _PATHS[name], bodies(), _CLIENTS, 3, HEADERS))
     for i in range(rounds):
         for name in names if i % 2 else reversed(names):
-            took = uvloop.run(closed_loop(base + _PATHS[name], bodies(), 1, 2, HEADERS))
+            took, _ = uvloop.run(closed_loop(base + _PATHS[name], bodies(), 1, 2, HEADERS))
             figures[name]["p50_ms"].append(percentile(took, 0.5) * 1e3)
             figures[name]["p99_ms"].append(percentile(took, 0.99) * 1e3)
-            calls = uvloop.run(closed_loop(base + _PATHS[name], bodies(), _CLIENTS, 4, HEADERS))
-            figures[name]["calls_per_s"].append(len(calls) / 4)
+            calls, seconds = uvloop.run(closed_loop(base + _PATHS[name], bodies(), _CLIENTS, 4, HEADERS))
+            figures[name]["calls_per_s"].append(len(calls) / seconds)
     return {name: {what: Spread.of(values) for what, values in taken.items()} for name, taken in figures.items()}
 
 

@@ -1,7 +1,7 @@
 """Rerankers of the published shapes on one GPU: pairs/s, and how much of the card that is.
 
     make bench-gpu
-    python -m bench.gpu [--smoke]
+    python -m bench.gpu [--smoke | --case NAME ...]
 
 Qwen3-Reranker-0.6B, 4B and 8B by their published dimensions with dummy weights (their scores mean nothing; their
 speed is the real one, but for FP8), in bf16 and FP8, through the engine and the GPU shares that the deployment
@@ -9,8 +9,11 @@ uses. Prompts are token ids in Qwen3's layout, 64 pairs a call with one query. A
 which a replica has up to 16 at once; where those are fewer than four it is four calls, or as many as fit into ten
 seconds. The share of the ceiling is the operations that were computed, without what the prefix cache saved, over
 those that matrix multiplications of the model's own shapes reach by themselves. Every case has a limit, and all
-end after eight minutes; results are written after each. The exit code is 1 unless every case was measured at all
-lengths. `--smoke` runs all of it with a tiny model, on the CPU where there is no GPU.
+end after eight minutes, which isn't enough for all of them: one bf16 replica of each shape comes first, and what
+is left out is named and can be asked for with `--case`. Results are written after each case; those of earlier
+runs stay, each with its own machine and ceiling. The exit code is 1 unless the first three, what was asked for
+and what was begun with all its time were measured at all lengths. `--smoke` runs all of it with a tiny model, on
+the CPU where there is no GPU.
 
 FP8's gain is flattered: dummy weights are within 1e-3 of zero, so that what enters the MLP's last multiplication,
 a quarter of 8B's operations, is too small for FP8 and becomes zeros, which the card multiplies faster.
@@ -22,14 +25,15 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import Spread, machine, save, show
+from bench.common import RESULTS, Spread, machine, save, saved, show
 from bench.gpu_work import ROUNDS, Case, allowed_s, calls_and_rounds, pairs_flops, prompt_tokens
 from serve_app.config import RerankerArgs
 from serve_app.reranker.engine import line
@@ -49,11 +53,11 @@ FP8 = "fp8_per_tensor"
 # What matters most comes first.
 CASES: tuple[Case, ...] = (
     Case("0.6B"),
+    Case("4B"),
+    Case("8B"),
     Case("0.6B", replicas=4),
     Case("0.6B", replicas=2),
-    Case("8B"),
     Case("8B", FP8),
-    Case("4B"),
     Case("4B", FP8),
     Case("0.6B", FP8),
 )
@@ -237,6 +241,7 @@ async def _measure(
     cases: Sequence[Case], configs: dict[str, dict[str, Any]], tokens: int, limit_s: float, name: str
 ) -> dict[str, Any]:
     end = time.monotonic() + limit_s
+    kept = saved(name)
     result: dict[str, Any] = {"limit_s": limit_s, "ceiling": None, "cases": [], "left_out": []}
     try:
         await _ceiling(configs, tokens, result)
@@ -244,10 +249,9 @@ async def _measure(
         result["ceiling_problem"] = f"cut off after {_CEILING_LIMIT_S} s"
     except Exception as error:
         result["ceiling_problem"] = _said(error)
-    save(name, result)
-    for case in cases:
-        # What stops the case comes out of its time too.
-        allowed = allowed_s(case, end - time.monotonic() - _STOP_S)
+    save(name, with_kept(result, kept))
+    for i, case in enumerate(cases):
+        allowed = time_of(cases, i, end - time.monotonic())
         if allowed is None:
             result["left_out"].append(case.name)
             continue
@@ -259,22 +263,45 @@ async def _measure(
                 await _case(case, configs[case.model], found)
         except TimeoutError:
             problem = f"cut off after {allowed:.0f} s"
+            if allowed < case.limit_s:
+                result["left_out"].append(case.name)
         except Exception as error:
             problem = _said(error)
         measured = figures(case, configs[case.model], found.pop("rounds"), result["ceiling"])
-        result["cases"].append({"case": case, "name": case.name, **found, "lengths": measured, "problem": problem})
-        save(name, result)
+        of = {"case": case, "name": case.name, "machine": machine(), "ceiling": result["ceiling"], **found}
+        result["cases"].append({**of, "lengths": measured, "problem": problem})
+        save(name, with_kept(result, kept))
     result["took_s"] = limit_s - (end - time.monotonic())
+    save(name, with_kept(result, kept))
     return result
+
+
+def time_of(cases: Sequence[Case], i: int, left_s: float) -> float | None:
+    """Seconds for the case at `i`; None if it isn't to be begun. What stops it comes out of its time, and plain
+    cases after it get the least that they need."""
+    later_s = sum(case.least_s + _STOP_S for case in cases[i + 1 :] if case.is_plain)
+    return allowed_s(cases[i], left_s - _STOP_S - later_s)
+
+
+def with_kept(result: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Cases stay of which this run measured nothing, or fewer lengths."""
+    cases = {case["name"]: case for case in before.get("cases", [])}
+    for case in result["cases"]:
+        kept = cases.get(case["name"])
+        if kept is None or len(case["lengths"]) >= len(kept["lengths"]):
+            cases[case["name"]] = case
+    return {**result, "cases": list(cases.values())}
 
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, CaseError) else line(error)
 
 
-def complete(result: dict[str, Any]) -> bool:
-    """Whether each case was measured at all lengths."""
-    return not result["left_out"] and all(len(case["lengths"]) == len(DOCUMENT_TOKENS) for case in result["cases"])
+def complete(result: dict[str, Any], wanted: Collection[str]) -> bool:
+    """Whether each case was measured at all lengths, but for those without time that aren't `wanted`."""
+    excused = set(result["left_out"]) - set(wanted)
+    whole = {case["name"] for case in result["cases"] if len(case["lengths"]) == len(DOCUMENT_TOKENS)}
+    return set(wanted) | {case["name"] for case in result["cases"]} <= whole | excused
 
 
 def _show(result: dict[str, Any], lengths: Sequence[int]) -> None:
@@ -289,9 +316,7 @@ def _show(result: dict[str, Any], lengths: Sequence[int]) -> None:
         )
     if "ceiling_problem" in result:
         print(f"Ceiling: {result['ceiling_problem']}\n")
-    plain = {
-        case["case"].model: case["lengths"] for case in result["cases"] if case["case"] == Case(case["case"].model)
-    }
+    plain = {case["case"].model: case["lengths"] for case in result["cases"] if case["case"].is_plain}
     heads = [f"{n:,} tokens" for n in lengths]
     rows, shares = [], []
     for case in result["cases"]:
@@ -314,8 +339,9 @@ def _show(result: dict[str, Any], lengths: Sequence[int]) -> None:
     for case in result["cases"]:
         if case["problem"]:
             print(f"{case['name']}: {case['problem']}")
-    if result["left_out"]:
-        print(f"Left out, no time: {', '.join(result['left_out'])}")
+    if left_out := result["left_out"]:
+        asked = shlex.join([part for name in left_out for part in ("--case", name)])
+        print(f"Left out, no time: {', '.join(left_out)}. To measure them: {sys.executable} -m bench.gpu {asked}")
 
 
 def _percent(of: dict[str, Any] | None) -> str:
@@ -324,7 +350,7 @@ def _percent(of: dict[str, Any] | None) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Pairs/s of each case, and its share of the ceiling, by document length."""
+    """Pairs/s of each case, and its share of its ceiling, by document length. `result` is what was saved."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,7 +364,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes, {"pairs_per_s": "pairs/s", "share_of_ceiling": "share of the ceiling"}.items(), strict=True
     ):
         for case in cases:
-            points = [(int(n), of[name].median) for n, of in case["lengths"].items() if of[name]]
+            points = [(int(n), of[name]["median"]) for n, of in case["lengths"].items() if of[name]]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=case["name"])
         axis.set(title=title, xlabel="tokens a document", xscale="log")
@@ -352,8 +378,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run(smoke: bool = False) -> dict[str, Any]:
-    cases, configs, tokens = CASES, CONFIGS, 16_384
+def run(smoke: bool = False, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """`names`: of the cases; None: all."""
+    configs, tokens = CONFIGS, 16_384
+    cases = tuple(case for case in CASES if names is None or case.name in names)
     if smoke:
         cases, configs, tokens = SMOKE_CASES, {"tiny": _TINY}, 512
     result = asyncio.run(_measure(cases, configs, tokens, LIMIT_S, "gpu-smoke" if smoke else "gpu"))
@@ -363,17 +391,21 @@ def run(smoke: bool = False) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Rerankers of the published shapes on one GPU.")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, also without a GPU")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--smoke", action="store_true", help="a tiny model, also without a GPU")
+    names = [case.name for case in CASES]
+    which.add_argument("--case", choices=names, action="append", help="only this one; may be repeated")
     arguments = parser.parse_args()
     if not arguments.smoke and not visible_cards(1):
         print("No NVIDIA GPU here, so nothing was measured; --smoke tries the benchmark itself.", file=sys.stderr)
         return 2
     print(json.dumps(machine()))
-    result = run(arguments.smoke)
-    path = save("gpu-smoke" if arguments.smoke else "gpu", result)
-    draw(result, path.with_suffix(".png"))
-    print(path)
-    return 0 if complete(result) else 1
+    result = run(arguments.smoke, arguments.case)
+    name = "gpu-smoke" if arguments.smoke else "gpu"
+    draw(saved(name), RESULTS / f"{name}.png")
+    print(RESULTS / f"{name}.json")
+    wanted = arguments.case or [case.name for case in CASES if case.is_plain]
+    return 0 if complete(result, [case.name for case in SMOKE_CASES] if arguments.smoke else wanted) else 1
 
 
 if __name__ == "__main__":

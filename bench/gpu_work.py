@@ -33,6 +33,11 @@ class Case:
         return f"{self.model} {'fp8' if self.quantization else 'bf16'} x{self.replicas}"
 
     @property
+    def is_plain(self) -> bool:
+        """One replica in bf16, which the other cases of the shape are compared with."""
+        return self.quantization is None and self.replicas == 1
+
+    @property
     def least_s(self) -> float:
         """Less time than this isn't enough to start and to measure anything. Engines start in turns."""
         return 60 + 25 * (self.replicas - 1)

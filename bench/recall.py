@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, Spread, machine, percentile, save, show
+from bench.common import Spread, machine, percentile, save, saved, show
 from serve_app.evaluation.dataset import read_dataset
 from serve_app.evaluation.metrics import means, quality
 
@@ -218,9 +218,8 @@ def run(sizes: Iterable[int], rounds: int) -> dict[str, Any]:
         show("nDCG@10 on Cranfield", ENGINES, [[f"{ndcg[engine]:.4f}" for engine in ENGINES]])
     else:
         print(f"Quality is not measured: the Cranfield collection is not at {CRANFIELD}\n")
-    path = RESULTS / "recall.json"
     # Sizes of other runs stay, each with its own machine.
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = saved("recall")
     result = {
         "top": TOP,
         "rounds": rounds,

@@ -109,7 +109,8 @@ def mirror_cost(rounds: int, own_hardware: bool) -> dict[str, Any]:
             url = f"{system.url}/v1/search"
             operator = httpx.Client(base_url=system.url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
             asyncio.run(closed_loop(url, _searches(), clients=16, seconds=5))
-            most = len(asyncio.run(closed_loop(url, _searches(), clients=16, seconds=10))) / 10
+            calls, seconds = asyncio.run(closed_loop(url, _searches(), clients=16, seconds=10))
+            most = len(calls) / seconds
             rate = most / 2
             blocks: dict[str, list[list[float]]] = {"off": [], "on": []}
             mirrored = 0

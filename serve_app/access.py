@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from urllib.parse import urlsplit
 
 # The gateway's: whom it lets in.
@@ -55,6 +56,11 @@ def local_url(host: str | None, port: int) -> str:
     if not host or host in ("0.0.0.0", "::", "localhost"):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def shown(url: str) -> str:
+    """`url` for people, without the user and password that it may hold: they are nobody else's."""
+    return re.sub(r"^(.*?://)?.*@", r"\1", url, flags=re.DOTALL)
 
 
 def is_elsewhere(url: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve_app import __version__
-from serve_app.access import API_KEY, bearer, is_elsewhere
+from serve_app.access import API_KEY, bearer, is_elsewhere, shown
 
 _URL = os.environ.get("SERVE_APP_URL", "http://127.0.0.1:8000")
 
@@ -93,9 +93,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="measure a running gateway on a BEIR-layout folder")
     evaluate.add_argument("--dataset", type=Path, required=True, help="has queries.jsonl and qrels/test.tsv")
-    evaluate.add_argument("--route", help="only the pipelines of this route")
+    evaluate.add_argument("--route", help="only the pipelines that get calls of this route")
     evaluate.add_argument("--model", action="append", help="only this pipeline or variant; may be repeated")
     evaluate.add_argument("--limit", type=int, help="only the first so many queries")
+    evaluate.add_argument("--top-n", type=int, default=100, help="results to ask for (default: %(default)s)")
+    evaluate.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="leave out answers whose id is the query's, for datasets whose queries are documents too",
+    )
     evaluate.add_argument("--concurrency", type=int, default=4)
     evaluate.add_argument("--timeout-s", type=float, default=30.0)
     evaluate.add_argument("--json", action="store_true")
@@ -325,13 +331,17 @@ def _eval(arguments: argparse.Namespace) -> int:
             route=arguments.route,
             models=arguments.model,
             concurrency=arguments.concurrency,
+            top_n=arguments.top_n,
             timeout_s=arguments.timeout_s,
             limit=arguments.limit,
+            ignore_identical_ids=arguments.ignore_identical_ids,
         )
     except (DatasetError, EvaluationError) as error:
         return _complain(error, 1)
     print(json.dumps(report.json(), ensure_ascii=False, indent=2) if arguments.json else report.table())
-    return 1 if report.failures else 0
+    if report.stopped and report.stopped.is_interrupt:
+        return 130
+    return 1 if report.failures or report.stopped else 0
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
@@ -370,6 +380,7 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     """The answer's body; None when there is none, after saying why."""
     import httpx
 
+    where = shown(url)
     try:
         response = httpx.post(
             url.rstrip("/") + path,
@@ -379,23 +390,25 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
             trust_env=is_elsewhere(url),
         )
     except httpx.HTTPError as error:
-        _complain(f"no answer from {url}: {error}; is it up? (serve-app up CONFIG)", 1)
+        _complain(f"no answer from {where}: {error}; is it up? (serve-app up CONFIG)", 1)
         return None
     # ImportError: a proxy of the environment for which httpx lacks something.
     except (httpx.InvalidURL, ValueError, ImportError) as error:
-        _complain(f"can't call {url!r}: {error}", 1)
+        # Of a password with a / in it, httpx says that it's no port.
+        why = error if where == url else type(error).__name__
+        _complain(f"can't call {where!r}: {why}", 1)
         return None
     try:
         answer = response.json()
     except ValueError:
-        _complain(f"{url}{path} answered with something that is not JSON", 1)
+        _complain(f"{where}{path} answered with something that is not JSON", 1)
         return None
     if response.is_error:
         message = answer.get("message", answer) if isinstance(answer, dict) else answer
         _complain(f"{response.status_code}: {message}", 1)
         return None
     if not isinstance(answer, dict) or not {"results", "meta"} <= answer.keys():
-        _complain(f"{url}{path} answered with something else than results; is it serve-app's gateway?", 1)
+        _complain(f"{where}{path} answered with something else than results; is it serve-app's gateway?", 1)
         return None
     return answer
 

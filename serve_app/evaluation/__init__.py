@@ -25,18 +25,21 @@ def evaluate(
     top_n: int = 100,
     timeout_s: float = 30.0,
     limit: int | None = None,
+    ignore_identical_ids: bool = False,
     progress: bool | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Report:
     """Measures recall alone and every pipeline of the gateway at `url` on the judged queries of `dataset`.
 
-    `route` restricts this to the pipelines that have weight on that route, `models` to these names (pipelines
+    `route` restricts this to the pipelines that get that route's calls now, `models` to these names (pipelines
     or variants). `concurrency` queries are under way at once; each has the deadline `timeout_s`, also at the
     gateway. `top_n` results are asked for, 100 for recall@100. `limit` takes the first so many judged queries.
+    `ignore_identical_ids` leaves out an answered document whose id is the query's, as BEIR does.
     `progress` draws a bar on stderr; None: if that is a terminal. `transport` is for tests.
 
     Raises `DatasetError` for a bad folder, and `EvaluationError` when the gateway cannot be asked at all.
-    Queries that fail one by one count as answered with nothing, and are reported.
+    Queries that fail one by one count as answered with nothing, and are reported. Where the gateway goes away
+    later, or Ctrl-C comes, the report has the systems that were finished, if any were, and says so in `stopped`.
     """
     for name, value in (("concurrency", concurrency), ("top_n", top_n), ("limit", limit)):
         if value is not None and value < 1:
@@ -47,6 +50,6 @@ def evaluate(
 
     async def run() -> Report:
         async with Gateway(url, timeout_s, concurrency, transport) as gateway:
-            return await measure(data, gateway, route, models, concurrency, top_n, progress)
+            return await measure(data, gateway, route, models, concurrency, top_n, ignore_identical_ids, progress)
 
     return asyncio.run(run())

@@ -1,24 +1,30 @@
 """The gateway as evaluation sees it: which names there are, and one query's answer."""
 
-import asyncio
 import math
-import time
+from asyncio import sleep
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import httpx
 
-from serve_app.access import API_KEY, bearer, is_elsewhere
+from serve_app.access import API_KEY, bearer, is_elsewhere, shown
 
 ATTEMPTS = 6
-# A Retry-After beyond this is not waited for in full.
+# Of a 503, a Retry-After beyond this is not waited for in full.
 MAX_WAIT_S = 10.0
+# So long 429 may be the only answer; a key's rate lets some call through every few seconds.
+MAX_REFUSED_S = 600.0
+# A gateway is gone when so many queries in a row, for each that may be under way, found nobody: some 45 s, or four
+# minutes where not even a refusal comes.
+_GONE_QUERIES = 3
 # The gateway's own deadline comes first, so that its answer says what happened.
 _GRACE_S = 5.0
+_CONNECT_S = 10.0
 
 
 class EvaluationError(RuntimeError):
-    """The gateway cannot be evaluated: it is not there, or does not know a name."""
+    """The gateway cannot be evaluated: it is not there, refuses all calls, or does not know a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +46,27 @@ class Gateway:
         concurrency: int,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = shown(url.rstrip("/"))
         self._timeout_ms = max(1, round(timeout_s * 1e3))
+        # All queries are one client to the gateway, so one's 429 holds back the others.
+        self._not_before = 0.0
+        self._refused_since: float | None = None
+        self._may_fail, self._failed_in_a_row = _GONE_QUERIES * concurrency, 0
         try:
             self._http = httpx.AsyncClient(
-                base_url=self.url,
+                base_url=url.rstrip("/"),
                 # What is measured is the pipeline, not the score cache.
                 headers={**bearer(API_KEY), "Cache-Control": "no-cache"},
-                timeout=timeout_s + _GRACE_S,
+                timeout=httpx.Timeout(timeout_s + _GRACE_S, connect=_CONNECT_S),
                 limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
                 transport=transport,
                 trust_env=is_elsewhere(url),
             )
         # ImportError: a proxy of the environment for which httpx lacks something.
         except (httpx.InvalidURL, ValueError, ImportError) as error:
-            raise EvaluationError(f"can't call {url!r}: {error}") from None
+            # Of a password with a / in it, httpx says that it's no port.
+            why = error if self.url == url.rstrip("/") else type(error).__name__
+            raise EvaluationError(f"can't call {self.url!r}: {why}") from None
 
     async def __aenter__(self) -> "Gateway":
         return self
@@ -77,27 +89,60 @@ class Gateway:
             raise EvaluationError(f"{self.url}/v1/models answers something else than a list of models") from None
 
     async def search(self, query: str, body: dict[str, Any]) -> Answer:
-        """Asks once, and again while the gateway is overloaded (429, 503) or cannot be connected to. Never raises
-        for one query's sake."""
-        error = ""
-        for attempt in range(ATTEMPTS):
-            started = time.perf_counter()
+        """Asks until there is an answer: as late as a 429 says, and up to `ATTEMPTS` times where the gateway is
+        overloaded (503) or cannot be connected to. Raises `EvaluationError` not for one query's sake, but when
+        there is nothing but 429 for `MAX_REFUSED_S`, or query after query finds nobody."""
+        attempt, refused, error = 0, 0, ""
+        while True:
+            if (wait_s := self._not_before - perf_counter()) > 0:
+                await sleep(wait_s)
+                # Another query's 429 may have come meanwhile.
+                continue
+            started = perf_counter()
             try:
                 response = await self._http.post(
                     "/v1/search", json={**body, "query": query, "timeout_ms": self._timeout_ms}
                 )
-            except httpx.ConnectError as failure:
+            except (httpx.ConnectError, httpx.ConnectTimeout) as failure:
                 error, wait_s = _reason(failure), 0.5 * 2**attempt
             except (httpx.HTTPError, ValueError) as failure:
                 # A query of characters that no JSON in UTF-8 holds, too.
-                return Answer([], retries=attempt, error=_reason(failure))
+                return Answer([], retries=attempt + refused, error=_reason(failure))
             else:
+                asked_s = _retry_after_s(response)
+                if response.status_code == 429 and asked_s:
+                    refused += 1
+                    self._hold_back(asked_s, response)
+                    continue
+                self._refused_since = None
                 if response.status_code not in (429, 503):
-                    return _answer(response, (time.perf_counter() - started) * 1e3, attempt)
-                error, wait_s = _refusal(response), _wait_s(response, attempt)
-            if attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(min(wait_s, MAX_WAIT_S))
-        return Answer([], retries=ATTEMPTS - 1, error=error)
+                    self._failed_in_a_row = 0
+                    return _answer(response, (perf_counter() - started) * 1e3, attempt + refused)
+                error = _refusal(response)
+                wait_s = 0.5 * 2**attempt if asked_s is None else asked_s
+            attempt += 1
+            if attempt == ATTEMPTS:
+                break
+            await sleep(min(wait_s, MAX_WAIT_S))
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self._may_fail:
+            raise EvaluationError(
+                f"{self.url} left {self._failed_in_a_row} queries in a row without an answer, "
+                f"the last with {error}"
+            )
+        return Answer([], retries=attempt - 1 + refused, error=error)
+
+    def _hold_back(self, wait_s: float, response: httpx.Response) -> None:
+        now = perf_counter()
+        self._not_before = max(self._not_before, now + wait_s)
+        if self._refused_since is None:
+            self._refused_since = now
+        refused_s = self._not_before - self._refused_since
+        if refused_s > MAX_REFUSED_S:
+            raise EvaluationError(
+                f"{self.url} answers nothing but 429, with the wait that it asks for now for {refused_s:.0f} s; "
+                f"allowed: {MAX_REFUSED_S:.0f} ({_refusal(response)})"
+            )
 
 
 def _answer(response: httpx.Response, latency_ms: float, retries: int) -> Answer:
@@ -112,19 +157,22 @@ def _answer(response: httpx.Response, latency_ms: float, retries: int) -> Answer
     return Answer(ids, latency_ms, is_degraded, retries)
 
 
-def _wait_s(response: httpx.Response, attempt: int) -> float:
-    """Retry-After where it is a number of seconds; a date or nonsense is not worth more than our own guess."""
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """None where it is no number of seconds; a date or nonsense is not worth more than our own guess."""
     try:
         asked = float(response.headers.get("retry-after", ""))
     except ValueError:
-        asked = math.nan
-    return asked if asked >= 0 else 0.5 * 2**attempt
+        return None
+    return asked if 0 <= asked < math.inf else None
 
 
 def _refusal(response: httpx.Response) -> str:
     try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+        error = response.json()["error"]
+        message = error["message"]
+        if error.get("code") == "limit_exceeded" and error.get("param") in ("top_n", "recall_k"):
+            message += "; --top-n asks for fewer results"
+    except (ValueError, KeyError, TypeError, AttributeError):
         message = response.text[:200] or response.reason_phrase
     return f"{response.status_code}: {message}"
 

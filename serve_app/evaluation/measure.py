@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from serve_app.config import closest
 from serve_app.evaluation.client import Answer, EvaluationError, Gateway
 from serve_app.evaluation.dataset import Dataset, Query
 from serve_app.evaluation.metrics import means, percentile, quality
-from serve_app.evaluation.report import Report, Result
+from serve_app.evaluation.report import Report, Result, Stopped
 
 RECALL_ALONE = "recall alone"
 # More different errors than this are noise.
@@ -34,20 +34,41 @@ async def measure(
     models: Sequence[str] | None,
     concurrency: int,
     top_n: int,
+    ignore_identical_ids: bool,
     progress: bool | None,
 ) -> Report:
     """See `evaluate`."""
-    systems = choose_systems(await gateway.models(), route, models, top_n)
+    # One more, in the place of what is left out.
+    systems = choose_systems(await gateway.models(), route, models, top_n + ignore_identical_ids)
     # tqdm's own rule for None: off where stderr is no terminal.
     hidden = None if progress is None else not progress
     results: list[Result] = []
+    stopped = None
     answered: set[str] = set()
+    own_first = 0
     with tqdm(total=len(systems) * len(dataset.queries), unit="query", disable=hidden) as bar:
         for system in systems:
             bar.set_description(system.name)
-            answers = await _ask_all(gateway, dataset.queries, system, concurrency, bar.update)
+            try:
+                answers = await _ask_all(gateway, dataset.queries, system, concurrency, bar.update)
+            # Ctrl-C cancels; asyncio raises KeyboardInterrupt where nobody takes that.
+            except (EvaluationError, asyncio.CancelledError) as error:
+                if not results:
+                    raise
+                is_interrupt = isinstance(error, asyncio.CancelledError)
+                stopped = Stopped(system.name, "interrupted" if is_interrupt else str(error), is_interrupt)
+                break
+            if ignore_identical_ids:
+                answers = [
+                    replace(answer, ids=[id for id in answer.ids if id != query.id][:top_n])
+                    for query, answer in zip(dataset.queries, answers, strict=True)
+                ]
             results.append(judge(dataset, system.name, answers))
             answered.update(id for answer in answers for id in answer.ids)
+            own_first += sum(
+                answer.ids[:1] == [query.id] and dataset.grades[query.id].get(query.id, 0) <= 0
+                for query, answer in zip(dataset.queries, answers, strict=True)
+            )
     return Report(
         dataset=str(dataset.path),
         url=gateway.url,
@@ -56,7 +77,9 @@ async def measure(
         queries=len(dataset.queries),
         unjudged_queries=dataset.unjudged,
         results=results,
-        notes=_notes(dataset, answered, top_n),
+        notes=_notes(dataset, answered, own_first > len(results) * len(dataset.queries) / 2, top_n),
+        ignore_identical_ids=ignore_identical_ids,
+        stopped=stopped,
     )
 
 
@@ -75,7 +98,9 @@ def choose_systems(
             _require(model, known, "pipeline or variant")
         chosen = list(dict.fromkeys(models))
     elif route is not None:
-        chosen = [name for name, weight in routes[route]["weights"].items() if weight > 0]
+        # The file's weights where an older gateway doesn't say what its rollouts make of them.
+        weights = routes[route].get("effective_weights", routes[route]["weights"])
+        chosen = [name for name, weight in weights.items() if weight > 0]
     # As deep as the deepest of them, so that recall@100 is of recall and not of a cut.
     depth = max([top_n, *(pipelines[name].get("recall_k", 0) for name in chosen if name in pipelines)])
     alone: dict[str, Any] = {"rerank": False, "top_n": top_n, "recall_k": depth}
@@ -122,7 +147,7 @@ async def _ask_all(
     concurrency: int,
     done: Callable[[], object],
 ) -> list[Answer]:
-    """Answers in the order of the queries, `concurrency` at once."""
+    """Answers in the order of the queries, `concurrency` at once. Raises `EvaluationError`."""
     answers: list[Answer | None] = [None] * len(queries)
     waiting = iter(enumerate(queries))
 
@@ -131,16 +156,24 @@ async def _ask_all(
             answers[n] = await gateway.search(query.text, system.body)
             done()
 
-    async with asyncio.TaskGroup() as workers:
-        for _ in range(min(concurrency, len(queries))):
-            workers.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(concurrency, len(queries))):
+                workers.create_task(work())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
     return [answer for answer in answers if answer is not None]
 
 
-def _notes(dataset: Dataset, answered: set[str], top_n: int) -> list[str]:
+def _notes(dataset: Dataset, answered: set[str], is_own_first: bool, top_n: int) -> list[str]:
     notes: list[str] = []
     if answered and not any(answered.intersection(grades) for grades in dataset.grades.values()):
         notes.append("no answered document is judged for any query: is it this dataset's corpus that is served?")
+    if is_own_first:
+        notes.append(
+            "most queries are answered with the document of their own id first: where queries are documents too, "
+            "as in BEIR's ArguAna and Quora, --ignore-identical-ids leaves it out"
+        )
     if top_n < 100:
         notes.append(f"{top_n} results were asked for, so recall@100 is recall@{top_n}")
     return notes

@@ -29,8 +29,18 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopped:
+    """`system` was cut off, and is not among the results; nor are those after it."""
+
+    system: str
+    reason: str
+    is_interrupt: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """`unjudged_queries` have no relevant document and were not sent."""
+    """`unjudged_queries` have no relevant document and were not sent. `url` is without user and password.
+    `stopped` is None when all systems were measured."""
 
     dataset: str
     url: str
@@ -40,6 +50,8 @@ class Report:
     unjudged_queries: int
     results: list[Result]
     notes: list[str]
+    ignore_identical_ids: bool
+    stopped: Stopped | None
 
     @property
     def failures(self) -> int:
@@ -74,6 +86,8 @@ class Report:
             )
         lines = [f"{r.name}: {n} x {error}" for r in self.results for error, n in r.errors.items()]
         lines += [f"note: {note}" for note in self.notes]
+        if self.stopped:
+            lines.append(f"cut off at {self.stopped.system}: {self.stopped.reason}")
         return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
 
 

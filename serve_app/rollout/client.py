@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import httpx
 
-from serve_app.access import ADMIN_KEY, bearer, is_elsewhere
+from serve_app.access import ADMIN_KEY, bearer, is_elsewhere, shown
 
 # Longer than the gateway waits for a controller.
 _TIMEOUT_S = 20.0
@@ -40,7 +40,7 @@ class Control:
             raise CommandError(
                 f"{ADMIN_KEY} is not set; rollouts need the admin key that the gateway was started with"
             )
-        self.url = url.rstrip("/")
+        self.url, self._base = shown(url.rstrip("/")), url.rstrip("/")
         headers = {**key, "X-Operator": _login()}
         try:
             self._http = httpx.Client(
@@ -48,7 +48,7 @@ class Control:
             )
         # ImportError: a proxy of the environment for which httpx lacks something.
         except (ValueError, ImportError) as error:
-            raise CommandError(f"can't call {url!r}: {error}") from None
+            raise CommandError(f"can't call {self.url!r}: {error}") from None
 
     def start(self, document: Body) -> Body:
         return self._ask("state", "POST", "", document)
@@ -75,9 +75,11 @@ class Control:
     ) -> Body:
         """An answer that has `field`."""
         try:
-            response = self._http.request(method, f"{self.url}/v1/rollouts{path}", json=body, params=params)
+            response = self._http.request(method, f"{self._base}/v1/rollouts{path}", json=body, params=params)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-            raise CommandError(f"--url is {self.url!r}: {error}; allowed: http://HOST:PORT", 2) from None
+            # Of a password with a / in it, httpx says that it's no port.
+            why = f": {error}" if self.url == self._base else ""
+            raise CommandError(f"--url is {self.url!r}{why}; allowed: http://HOST:PORT", 2) from None
         except httpx.HTTPError as error:
             raise AwayError(f"no answer from {self.url}: {error}; is it up? (serve-app up CONFIG)") from None
         try:

@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from bench import common, gpu, recall
+from bench import charts, common, engine, gpu, recall
 from bench.common import Spread, percentile
 from bench.gpu_work import (
     COMMON_TOKENS,
@@ -91,19 +92,39 @@ def test_a_case_that_has_too_little_time_is_not_begun():
     assert allowed_s(four, 80) is None
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
-def test_all_cases_end_in_time_and_the_shared_card_is_among_them(part):
+def begun(cases: Sequence[Case], part: float) -> list[str]:
+    """Those that are begun when each takes `part` of what it may beyond its least; the rest is asserted."""
     left: float = gpu.LIMIT_S - part * (gpu._CEILING_LIMIT_S + gpu._STOP_S)
-    begun = []
-    for case in gpu.CASES:
-        allowed = allowed_s(case, left - gpu._STOP_S)
+    names = []
+    for i, case in enumerate(cases):
+        allowed = gpu.time_of(cases, i, left)
         if allowed is not None:
-            begun.append(case.name)
+            assert allowed >= case.least_s
+            names.append(case.name)
             left -= case.least_s + part * (allowed - case.least_s) + gpu._STOP_S
     assert left >= 0
-    assert begun[:2] == ["0.6B bf16 x1", "0.6B bf16 x4"]
+    return names
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_all_cases_end_in_time_and_each_shape_is_among_them(part):
+    names = begun(gpu.CASES, part)
+    assert names[:3] == ["0.6B bf16 x1", "4B bf16 x1", "8B bf16 x1"]
+    assert len(names) < len(gpu.CASES)
     if part < 1:
-        assert begun[2] == "0.6B bf16 x2"
+        # What was left out fits into further runs, none of which is in vain.
+        left_out = [case for case in gpu.CASES if case.name not in names]
+        while left_out:
+            more = begun(left_out, part)
+            assert more
+            left_out = [case for case in left_out if case.name not in more]
+
+
+def test_the_first_shape_leaves_the_others_their_time():
+    assert gpu.time_of(gpu.CASES, 0, 480) == 150
+    assert gpu.time_of(gpu.CASES, 0, 230) == 80
+    assert gpu.time_of(gpu.CASES, 0, 209) is None
+    assert gpu.time_of(gpu.CASES, 2, 70) == 60
 
 
 def test_a_round_is_a_second_of_calls_or_four_of_them():
@@ -156,13 +177,82 @@ def test_the_bf16_ceiling_outlives_a_failure_of_fp8s(monkeypatch):
     assert result["ceiling"] == {"flops_per_s": {"a": {"bf16": 1e14}}, "card": "c"}
 
 
-def test_only_a_whole_table_is_complete():
+def test_what_was_begun_or_is_wanted_must_be_whole():
     lengths = {str(tokens): {} for tokens in gpu.DOCUMENT_TOKENS}
-    whole = {"cases": [{"lengths": lengths}], "left_out": []}
-    assert gpu.complete(whole)
-    assert not gpu.complete(whole | {"left_out": ["8B bf16 x1"]})
-    assert not gpu.complete(whole | {"cases": [{"lengths": lengths}, {"lengths": {"64": {}}}]})
-    assert not gpu.complete(whole | {"cases": [{"lengths": {}}]})
+    whole = {"cases": [{"name": "a", "lengths": lengths}], "left_out": []}
+    part = {"name": "b", "lengths": {"64": {}}}
+    assert gpu.complete(whole, ["a"])
+    assert gpu.complete(whole | {"left_out": ["b"]}, ["a"])
+    assert not gpu.complete(whole | {"left_out": ["b"]}, ["a", "b"])
+    assert not gpu.complete({"cases": [], "left_out": ["a"]}, ["a"])
+    # It failed by itself, or was cut off as the time was up.
+    assert not gpu.complete({"cases": [*whole["cases"], part], "left_out": []}, ["a"])
+    assert gpu.complete({"cases": [*whole["cases"], part], "left_out": ["b"]}, ["a"])
+
+
+def test_cases_of_earlier_runs_stay_with_their_own_machine():
+    def case(name: str, machine: str, lengths: int) -> dict[str, Any]:
+        return {"name": name, "machine": machine, "lengths": dict.fromkeys(gpu.DOCUMENT_TOKENS[:lengths])}
+
+    before = {"machine": "old", "cases": [case("a", "old", 3), case("b", "old", 3), case("c", "old", 1)]}
+    result = {"left_out": [], "cases": [case("b", "new", 0), case("c", "new", 2), case("d", "new", 0)]}
+    merged = gpu.with_kept(result, before)
+    assert {one["name"]: one["machine"] for one in merged["cases"]} == {
+        "a": "old",
+        "b": "old",
+        "c": "new",
+        "d": "new",
+    }
+    assert len(result["cases"]) == 3
+
+
+def test_a_run_of_one_case_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+    async def ceiling(configs: object, tokens: int, result: dict[str, Any]) -> None:
+        result["ceiling"] = {"card": "c", "flops_per_s": {"0.6B": {"bf16": 1e14}}}
+
+    async def case(case: Case, config: object, found: dict[str, Any]) -> None:
+        one = {"calls": 4, "pairs_per_s": 90.0, "cached_tokens_a_pair": 48.0}
+        found["rounds"] |= {str(tokens): [one] for tokens in gpu.DOCUMENT_TOKENS}
+
+    monkeypatch.setattr(gpu, "_ceiling", ceiling)
+    monkeypatch.setattr(gpu, "_case", case)
+    for names in (["0.6B bf16 x1"], ["0.6B bf16 x2"]):
+        cases = [case for case in gpu.CASES if case.name in names]
+        asyncio.run(gpu._measure(cases, gpu.CONFIGS, 1, 300, "test"))
+    found = common.saved("test")["cases"]
+    assert [one["name"] for one in found] == ["0.6B bf16 x1", "0.6B bf16 x2"]
+    assert all(one["ceiling"]["card"] == "c" and one["machine"]["cores"] for one in found)
+    gpu.draw(common.saved("test"), tmp_path / "test.png")
+    assert (tmp_path / "test.png").stat().st_size
+
+
+def test_shapes_of_earlier_runs_stay_with_their_own_machine_and_are_drawn():
+    def ways(rate: float) -> dict[str, Any]:
+        return {"bare": {"rates": [rate, rate], "lag_p99_ms": 0.0}}
+
+    older = {"machine": "old", "rounds": 5, "pairs_per_s": {"tiny": ways(1), "25m": ways(2)}}
+    run = {"pairs_per_s": {"tiny": {"machine": "new", "rounds": 3, "ways": ways(3)}}}
+    merged = engine.with_kept(run, older)
+    assert merged["pairs_per_s"] == {
+        "tiny": {"machine": "new", "rounds": 3, "ways": ways(3)},
+        "25m": {"machine": "old", "rounds": 5, "ways": ways(2)},
+    }
+    assert engine.with_kept(run, merged) == merged
+    assert engine.with_kept(run, {}) == run
+    for result in (older, merged):
+        assert [bars["bare"]["8 calls"] for _, _, bars in charts._engine(result)] == [
+            result["pairs_per_s"][shape].get("ways", result["pairs_per_s"][shape])["bare"]["rates"][1]
+            for shape in ("tiny", "25m")
+        ]
+
+
+def test_load_and_time_are_those_before_the_benchmark(monkeypatch):
+    before = common.machine()
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    monkeypatch.setattr(common.time, "gmtime", lambda: (2001, 1, 1, 0, 0, 0, 0, 1, 0))
+    assert common.machine() == before
 
 
 def test_figures_are_of_what_was_computed():

@@ -73,9 +73,12 @@ def test_a_load_ends_with_the_first_refusal(url: str) -> None:
     assert "answered 404" in str(caught.value.exceptions[0])
 
 
-def test_a_load_has_the_time_of_every_call(url: str) -> None:
+def test_a_load_has_the_time_of_every_call_and_of_all_together(url: str) -> None:
     said = [{"query": str(i)} for i in range(100_000)]
     left = iter(said)
-    took = asyncio.run(closed_loop(url, left, 4, 0.3))
+    took, seconds = asyncio.run(closed_loop(url, left, 4, 0.3))
     assert len(took) + len(list(left)) == len(said)
     assert all(0 < one < 60 for one in took)
+    # The calls that were under way at the end are in both.
+    assert seconds > 0.3
+    assert sum(took) <= 4 * seconds

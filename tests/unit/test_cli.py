@@ -5,10 +5,13 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
+from serve_app.access import ADMIN_KEY
 from serve_app.cli import main
+from serve_app.evaluation.report import Report, Stopped
 
 
 class Other(BaseHTTPRequestHandler):
@@ -64,6 +67,21 @@ def test_a_url_that_cannot_be_called_is_one_clear_line(url: str, capsys: pytest.
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "url", ["http://shop:KEY@127.0.0.1:9", "http://shop:KEY/x@127.0.0.1", "http://shop:KEY@[::1"]
+)
+def test_the_key_in_a_url_is_not_shown(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ADMIN_KEY, "secret")
+    for command in (["search", "lamp"], ["rerank", "lamp", "a", "b"], ["rollout", "list"]):
+        assert main([*command, "--url", url]) > 0
+        said = "".join(capsys.readouterr())
+        assert said.count("\n") == 1
+        assert "KEY" not in said
+        assert "shop" not in said
+
+
 def test_a_proxy_is_not_asked_for_this_machine_and_one_that_lacks_support_is_one_clear_line(
     other: HTTPServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,3 +109,22 @@ def test_a_key_that_no_header_carries_is_named(
     monkeypatch.setenv("SERVE_APP_API_KEY", "schlüssel")
     assert main(["search", "lamp", "--url", "http://127.0.0.1:9"]) == 1
     assert "SERVE_APP_API_KEY has characters other than printable ASCII" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stopped", "code"),
+    [(None, 0), (Stopped("fused", "nobody answers", False), 1), (Stopped("fused", "interrupted", True), 130)],
+)
+def test_eval_asks_for_what_is_said_and_its_code_says_whether_it_was_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped: Stopped | None, code: int
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def evaluate(dataset: object, url: str, **options: Any) -> Report:
+        asked.update(options)
+        return Report("d", url, None, options["top_n"], 1, 0, [], [], options["ignore_identical_ids"], stopped)
+
+    monkeypatch.setattr("serve_app.evaluation.evaluate", evaluate)
+    assert main(["eval", "--dataset", "d", "--top-n", "50", "--ignore-identical-ids", "--json"]) == code
+    assert (asked["top_n"], asked["ignore_identical_ids"]) == (50, True)
+    assert (json.loads(capsys.readouterr().out)["stopped"] is None) == (code == 0)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def answer(*ids: str, **meta: Any) -> httpx.Response:
     )
 
 
-def gateway(reply: Reply, seen: list[dict[str, Any]] | None = None) -> httpx.MockTransport:
+def gateway(reply: Reply, seen: list[dict[str, Any]] | None = None, down: bool = False) -> httpx.MockTransport:
     async def handle(request: httpx.Request) -> httpx.Response:
+        if down:
+            raise httpx.ConnectError("connection refused")
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"object": "list", "data": MODELS})
         body = json.loads(request.content)
@@ -204,6 +207,12 @@ def test_a_route_restricts_to_the_pipelines_with_weight() -> None:
     assert chosen["recall alone"]["route"] == "default"
 
 
+def test_a_route_has_the_pipelines_that_its_rollouts_leave_it() -> None:
+    steered = [MODELS[0] | {"effective_weights": {"fused": 0.0, "canary": 90.0, "bm25": 10.0}}, *MODELS[1:]]
+    chosen = choose_systems(steered, route="default", models=None, top_n=100)
+    assert [system.name for system in chosen] == ["recall alone", "canary", "bm25"]
+
+
 def test_models_may_name_pipelines_and_variants() -> None:
     assert list(bodies(models=["minilm", "fused", "minilm"])) == ["recall alone", "minilm", "fused"]
 
@@ -251,25 +260,184 @@ def test_table_lines_up_and_holds_every_system(dataset: Path) -> None:
     assert "en (1)" in lang_table[0]
 
 
-def test_overload_is_tried_again_after_the_time_asked_for(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
+class Clock:
+    """Time that passes only where it is waited for."""
 
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.waits: list[float] = []
 
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        until = self.now + seconds
+        await asyncio.sleep(0)
+        self.now = max(self.now, until)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(client_module, "sleep", made.sleep)
+    monkeypatch.setattr(client_module, "perf_counter", lambda: made.now)
+    return made
+
+
+def many(dataset: Path, count: int) -> Path:
+    rows = [json.dumps({"_id": str(n), "text": f"query {n}"}) for n in range(count)]
+    (dataset / "queries.jsonl").write_text("\n".join(rows))
+    (dataset / "qrels" / "test.tsv").write_text("\n".join(f"{n}\ta\t1" for n in range(count)))
+    return dataset
+
+
+def test_overload_is_tried_again_after_the_time_asked_for(dataset: Path, clock: Clock) -> None:
     replies = iter(
         [
             httpx.Response(503, headers={"Retry-After": "3"}),
-            httpx.Response(429, headers={"Retry-After": "600"}),
+            httpx.Response(503, headers={"Retry-After": "300"}),
+            httpx.Response(429, headers={"Retry-After": "300"}),
             httpx.Response(503, headers={"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}),
         ]
     )
-    transport = gateway(lambda body: next(replies, answer("a")))
-    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
-    report = evaluate(dataset, "http://gateway", models=["fused"], limit=1, progress=False, transport=transport)
-    # The made gateway sleeps 0 itself.
-    assert [wait for wait in waits if wait] == [3.0, client_module.MAX_WAIT_S, 2.0]
-    assert [(result.retries, result.failures) for result in report.results] == [(3, 0), (0, 0)]
+    report = run(dataset, lambda body: next(replies, answer("a")), models=["fused"], limit=1)
+    assert clock.waits == [3.0, client_module.MAX_WAIT_S, 300.0, 2.0]
+    assert [(result.retries, result.failures) for result in report.results] == [(4, 0), (0, 0)]
+
+
+def test_no_query_fails_for_a_rate_that_all_share(dataset: Path, clock: Clock) -> None:
+    free_at = clock.now
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        nonlocal free_at
+        if clock.now < free_at:
+            return httpx.Response(429, headers={"Retry-After": str(math.ceil(free_at - clock.now))})
+        free_at = clock.now + 20
+        return answer("a")
+
+    report = run(many(dataset, 40), reply, models=["fused"], concurrency=8)
+    assert report.failures == 0
+    # 80 calls, each 20 s after the one before.
+    assert clock.now == 1000 + 79 * 20
+
+
+def test_one_querys_refusal_holds_back_all(dataset: Path, clock: Clock) -> None:
+    refusals = iter([httpx.Response(429, headers={"Retry-After": "50"})])
+    seen: list[float] = []
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        seen.append(clock.now)
+        return next(refusals, answer("a"))
+
+    run(many(dataset, 6), reply, models=["fused"], concurrency=2)
+    assert len(seen) == 13
+    # One was under way already.
+    assert sum(at < 1050 for at in seen) == 2
+
+
+def test_a_key_that_is_only_refused_ends_the_run(dataset: Path, clock: Clock) -> None:
+    refusal = httpx.Response(429, headers={"Retry-After": "45"}, json={"error": {"message": "its rate is 1"}})
+    with pytest.raises(EvaluationError, match=r"nothing but 429, .* allowed: 600 \(429: its rate is 1\)"):
+        run(dataset, lambda body: refusal)
+    assert clock.now == 1000 + 13 * 45
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_gateway_that_goes_away_leaves_the_finished_systems(
+    dataset: Path, clock: Clock, concurrency: int
+) -> None:
+    asked = 0
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        nonlocal asked
+        if body.get("model") != "fused":
+            return answer("a")
+        asked += 1
+        if asked % 3:
+            raise (httpx.ConnectError, httpx.ConnectTimeout)[asked % 2]("nobody there")
+        return httpx.Response(503)
+
+    report = run(many(dataset, 40), reply, concurrency=concurrency)
+    assert [result.name for result in report.results] == ["recall alone", "bm25"]
+    assert report.failures == 0
+    assert f"cut off at fused: http://gateway left {3 * concurrency} queries in a row" in report.table()
+    assert report.json()["stopped"]["system"] == "fused"
+    # Some queries are begun before the last of them gave up.
+    assert asked <= client_module.ATTEMPTS * (4 * concurrency)
+    with pytest.raises(EvaluationError, match="queries in a row without an answer, the last with 503: Service"):
+        run(dataset, lambda body: httpx.Response(503), concurrency=1)
+
+
+def test_failures_between_answers_end_nothing(dataset: Path, clock: Clock) -> None:
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        return answer("a") if int(body["query"].split()[1]) % 3 == 2 else httpx.Response(503)
+
+    report = run(many(dataset, 9), reply, models=["fused"], concurrency=1)
+    assert [(result.failures, report.stopped) for result in report.results] == [(6, None)] * 2
+
+
+def test_an_interrupt_leaves_the_finished_systems(dataset: Path) -> None:
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        if body.get("model", "recall alone") == interrupted:
+            signal.raise_signal(signal.SIGINT)
+        return answer("a")
+
+    interrupted = "fused"
+
+    # Another signal would end it at once.
+    report = run(dataset, reply, limit=1)
+    assert [result.name for result in report.results] == ["recall alone", "bm25"]
+    assert report.table().endswith("cut off at fused: interrupted")
+    interrupted = "recall alone"
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, reply, limit=1)
+
+
+def test_a_limit_of_the_gateways_names_the_option(dataset: Path) -> None:
+    error = {"message": "top_n is 100; limits.max_recall_k is 50", "code": "limit_exceeded", "param": "top_n"}
+    seen: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        return httpx.Response(400, json={"error": error}) if body["top_n"] > 50 else answer("a")
+
+    assert "limits.max_recall_k is 50; --top-n asks for fewer results" in run(dataset, reply).table()
+    report = run(dataset, reply, seen, models=["canary"], top_n=50)
+    assert report.failures == 0
+    assert seen[0]["recall_k"] == 50
+
+
+def test_no_user_or_key_of_the_url_is_shown(dataset: Path) -> None:
+    shown: list[str] = []
+    for url in ("http://shop:KEY@gateway:8000/", "http://shop:KEY/x@gateway", "http://shop:KEY@[::1"):
+        for transport in (gateway(lambda body: answer("a")), gateway(lambda body: answer("a"), down=True)):
+            try:
+                report = evaluate(dataset, url, progress=False, transport=transport)
+            except EvaluationError as error:
+                shown.append(str(error))
+            else:
+                shown.append(json.dumps(report.json()) + report.table())
+                assert report.url == "http://gateway:8000"
+    assert len(shown) == 6
+    assert not any("KEY" in text or "shop" in text for text in shown)
+
+
+def test_a_documents_own_query_is_left_out_when_asked_for(dataset: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        return answer({"noise cancelling": "q1", "降噪": "q2"}[body["query"]], "a", "c")
+
+    kept = run(dataset, reply, models=["fused"])
+    assert any("--ignore-identical-ids" in note for note in kept.notes)
+    left_out = run(dataset, reply, seen, models=["fused"], top_n=1, ignore_identical_ids=True)
+    assert [result.metrics["mrr@10"] for result in kept.results] == [pytest.approx((1 / 2 + 1 / 3) / 2)] * 2
+    # One result is asked for: a, which is right for the first query.
+    assert [result.metrics["mrr@10"] for result in left_out.results] == [0.5] * 2
+    assert not any("--ignore-identical-ids" in note for note in left_out.notes)
+    assert {body["top_n"] for body in seen} == {2}
+
+
+def test_an_own_document_that_is_judged_relevant_is_no_surprise(dataset: Path) -> None:
+    (dataset / "qrels" / "test.tsv").write_text("q1\tq1\t1\nq2\tq2\t1\n")
+    assert run(dataset, lambda body: answer("q1" if body["query"] == "noise cancelling" else "q2")).notes == []
 
 
 def test_a_failed_query_counts_as_nothing_found_and_is_shown(dataset: Path) -> None:
@@ -306,9 +474,7 @@ def test_a_query_that_no_json_carries_is_a_failure_not_a_crash(dataset: Path) ->
 
 
 def test_no_more_queries_than_asked_for_are_under_way(dataset: Path) -> None:
-    rows = [json.dumps({"_id": str(n), "text": f"query {n}"}) for n in range(20)]
-    (dataset / "queries.jsonl").write_text("\n".join(rows))
-    (dataset / "qrels" / "test.tsv").write_text("\n".join(f"{n}\ta\t1" for n in range(20)))
+    many(dataset, 20)
     under_way, most = 0, 0
 
     async def handle(request: httpx.Request) -> httpx.Response:
