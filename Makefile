@@ -65,9 +65,10 @@ test-cluster-files: setup-dev
 manifests: setup-dev
 	$(BIN)/python cluster/kuberay/generate.py
 
-test: lint test-unit test-cluster-files setup-clients index
-	$(BIN)/pytest -q -n auto tests/processes
+test: lint setup-clients index
+	$(BIN)/pytest -q -n auto tests/unit tests/cluster_files tests/processes
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/commands
+	$(BIN)/pytest -q -n 2 --dist loadfile tests/engines
 	$(BIN)/pytest -q tests/system
 	$(BIN)/pytest -q tests/rollout
 	$(BIN)/pytest -q tests/ui

@@ -19,7 +19,7 @@ import ray
 
 from serve_app.launch import ENVIRONMENT
 from tests.ports import free_port
-from tests.system.conftest import wait_for
+from tests.system.conftest import ROOT, wait_for
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -121,6 +121,8 @@ def cluster() -> Iterator[Cluster]:
 
     os.environ.update(ENVIRONMENT)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Replicas import the scorers of tests/rollout.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Processes whose parents end (Ray's daemons) become ours, so that all can be ended afterwards.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before = set(psutil.Process().children(recursive=True))

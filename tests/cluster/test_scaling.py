@@ -48,8 +48,15 @@ def minilm(gpus: float, **scaling: Any) -> dict[str, Any]:
 
 
 def fixed(replicas: int) -> dict[str, Any]:
-    args = {**MINILM, "engine": {"dtype": "float32", "max_model_len": 64}}
-    return reranker("quarters", args, ray_actor_options={"num_cpus": 0.1, "num_gpus": 0.25}, num_replicas=replicas)
+    """Without engines: what counts is where they are."""
+    options = {"num_cpus": 0.1, "num_gpus": 0.25}
+    return {
+        "name": "quarters",
+        "import_path": "tests.rollout.scorers:build",
+        "route_prefix": None,
+        "args": {},
+        "deployments": [{"name": "Reranker", "ray_actor_options": options, "num_replicas": replicas}],
+    }
 
 
 def documents(rng: random.Random, count: int, words: int) -> list[str]:

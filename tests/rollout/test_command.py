@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import cli
 from serve_app.access import ADMIN_KEY
 from tests.rollout.conftest import KEY
 from tests.system.conftest import wait_for
@@ -27,19 +28,20 @@ steps:
 
 
 @pytest.fixture
-def command(fleet):
-    """Runs `serve-app rollout …` to its end. No rollout of the route is left behind."""
+def command(fleet, monkeypatch, capsys):
+    """Runs `serve-app rollout …` in this process to its end. No rollout of the route is left behind."""
 
     def run(*arguments, code=0, key=KEY, url=fleet.url):
-        environment = {**os.environ, "SERVE_APP_URL": url, ADMIN_KEY: key}
-        done = subprocess.run(
-            [SERVE_APP, "rollout", *arguments], env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == code, (done.stdout, done.stderr)
-        return done.stdout if code == 0 else done.stderr
+        with monkeypatch.context() as patch:
+            patch.setenv(ADMIN_KEY, key)
+            capsys.readouterr()
+            ended = cli.main(["rollout", *arguments, "--url", url])
+        said = capsys.readouterr()
+        assert ended == code, said
+        return said.out if code == 0 else said.err
 
     yield run
-    for rollout in fleet.operator.client.get("/v1/rollouts", params={"route": ROUTE}).json()["rollouts"]:
+    for rollout in fleet.operator.recent(ROUTE):
         action = {"promoted": "undo", "rolled_back": None, "aborted": None}.get(rollout["status"], "abort")
         if action is not None:
             fleet.operator.act(rollout["id"], action)

@@ -117,7 +117,7 @@ def test_a_route_has_one_rollout_at_a_time(fleet, start):
     rollout = start(steps=HALF)
     second = {"route": ROUTE, "stable": "stable", "canary": "shuffles", "steps": HALF}
     refused(fleet.operator.client.post("/v1/rollouts", json=second), repr(ROUTE), rollout, "promote or abort")
-    listed = fleet.operator.client.get("/v1/rollouts", params={"route": ROUTE}).json()["rollouts"]
+    listed = fleet.operator.recent(ROUTE)
     assert [one["id"] for one in listed if one["status"] not in ("rolled_back", "aborted")] == [rollout]
 
 

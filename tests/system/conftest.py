@@ -80,7 +80,7 @@ class System:
             assert not failed, describe_failures(failed)
             return set(statuses) == names and set(statuses.values()) == {"RUNNING"}
 
-        wait_for(running, 300, what="all applications RUNNING")
+        wait_for(running, 540, what="all applications RUNNING")
         # The gateway looks every two seconds.
         wait_for(self.ready, 60, what="the gateway to see every replica")
 
@@ -93,12 +93,15 @@ class System:
 
     def replica_pids(self, app: str, deployment: str) -> dict[str, int]:
         """Process ids by actor id of the deployment's live replicas."""
+        import ray
         from ray.util.state import list_actors
 
+        # Without its address Ray would take any that it finds on the machine.
+        address = ray.get_runtime_context().gcs_address
         prefix = f"SERVE_REPLICA::{app}#{deployment}#"
         return {
             actor.actor_id: actor.pid
-            for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000, raise_on_missing_output=False)
+            for actor in list_actors(address, [("state", "=", "ALIVE")], limit=1000, raise_on_missing_output=False)
             if actor.name and actor.name.startswith(prefix)
         }
 
@@ -168,23 +171,15 @@ def system(model_dir: Callable[[str], Path], catalog_index: Path, receiver: Rece
                 "import_path": "serve_app.recall:build",
                 "route_prefix": None,
                 "args": {"index": str(catalog_index)},
+                "deployments": [{"name": "Recall", "max_surge_percent": 100}],
             },
             reranker("qwen-f32", {**qwen, "engine": {"max_model_len": 1024, "dtype": "float32"}}),
             reranker("qwen-bf16", {**qwen, "engine": {"max_model_len": 1024, "dtype": "bfloat16"}}),
             *(
                 reranker(
-                    name,
-                    {
-                        "model": str(model_dir(name)),
-                        "kind": "cross-encoder",
-                        "engine": {"dtype": "float32", **more},
-                    },
+                    name, {"model": str(model_dir(name)), "kind": "cross-encoder", "engine": {"dtype": "float32"}}
                 )
-                for name, more in (
-                    # Apart from its replica, as on a GPU; the others have theirs in the replica's process.
-                    ("cross-encoder", {"distributed_executor_backend": "mp"}),
-                    ("xlmr-cross-encoder", {}),
-                )
+                for name in ("cross-encoder", "xlmr-cross-encoder")
             ),
             reranker("minilm", {**MINILM, "engine": {"dtype": "float32"}}),
         ],
@@ -202,6 +197,8 @@ S = TypeVar("S", bound=System)
 def serving(system: S) -> Iterator[S]:
     """Ray and Serve of this process's own, with the system's config running; no process of theirs stays behind."""
     os.environ.update(ENVIRONMENT)
+    # Replicas import the scorers of tests/rollout.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     import ray
     from ray import serve
 

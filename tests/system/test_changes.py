@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
-from tests.system.conftest import MINILM, reranker, wait_for
+from tests.system.conftest import reranker, wait_for
 
 
 def all_replicas(system):
@@ -56,13 +57,18 @@ def user_config(config):
     return config["applications"][0]["deployments"][0]["user_config"]
 
 
-def test_adding_a_variant_and_changing_weights_restarts_no_replica(restored, tmp_path):
+def test_a_new_variant_and_new_weights_restart_no_replica_and_a_dead_engine_only_its_own(
+    restored, tmp_path, model_dir
+):
     system = restored
     before = all_replicas(system)
     assert all(before.values())
 
     config = copy.deepcopy(system.config)
-    config["applications"].append(reranker("canary", {**MINILM, "engine": {"dtype": "float32"}}))
+    # Apart from its replica, as on a GPU; the others have theirs in the replica's process.
+    engine = {"dtype": "float32", "distributed_executor_backend": "mp"}
+    args = {"model": str(model_dir("cross-encoder")), "kind": "cross-encoder", "engine": engine}
+    config["applications"].append(reranker("canary", args))
     user_config(config)["variants"]["canary"] = {}
     user_config(config)["pipelines"]["next"] = {"recall_k": 20, "stages": [{"variant": "canary"}]}
     serve_deploy(system, config, tmp_path)
@@ -85,6 +91,21 @@ def test_adding_a_variant_and_changing_weights_restarts_no_replica(restored, tmp
 
     wait_for(lambda: pipeline() == "bm25", 60, what="the new weights")
     system.wait_running()
+    now = all_replicas(system)
+    del now["canary"]
+    assert now == before
+
+    ((actor, pid),) = system.replica_pids("canary", "Reranker").items()
+    engines = [
+        child for child in psutil.Process(pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())
+    ]
+    assert engines
+    engines[0].kill()
+    wait_for(
+        lambda: (now := system.replica_pids("canary", "Reranker")) and actor not in now,
+        120,
+        what="another replica",
+    )
     now = all_replicas(system)
     del now["canary"]
     assert now == before
@@ -135,8 +156,11 @@ class Load:
                     response = client.post("/v1/search", json=body)
                 except httpx.HTTPError as error:
                     self.errors.append(repr(error))
-                    continue
-                self.answers.append((started, time.monotonic() - started, response.status_code, response.json()))
+                else:
+                    took = time.monotonic() - started
+                    self.answers.append((started, took, response.status_code, response.json()))
+                # Without a pause the load would keep what is to start from the cores.
+                self._stop.wait(0.2)
 
     def full_since(self, moment: float) -> int:
         return sum(
@@ -160,7 +184,8 @@ def test_a_killed_reranker_costs_no_call_and_full_answers_return(system):
         recovered = time.monotonic() - killed
     assert not load.errors
     assert {status for _, _, status, _ in load.answers} == {200}
-    late = [took for _, took, _, _ in load.answers if took > 4.0]
+    # The deadline is the gateway's; what a busy machine adds is not judged here, a client left waiting is.
+    late = [took for _, took, _, _ in load.answers if took > 2 * load.timeout_ms / 1e3]
     assert not late, late
     degraded = [body for *_, body in load.answers if "degraded" in body["meta"]]
     assert {body["meta"]["degraded"][0]["stage"] for body in degraded} == {"minilm"}
@@ -168,29 +193,6 @@ def test_a_killed_reranker_costs_no_call_and_full_answers_return(system):
         f"{len(load.answers)} calls, {len(degraded)} degraded, slowest {max(a[1] for a in load.answers):.2f} s, "
         f"full answers again {recovered:.0f} s after the kill"
     )
-
-
-def test_a_dead_engine_gets_its_replica_replaced(system):
-    import psutil
-
-    (actor, pid), *_ = system.replica_pids("cross-encoder", "Reranker").items()
-    engines = [
-        child for child in psutil.Process(pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())
-    ]
-    assert engines
-    engines[0].kill()
-    wait_for(
-        lambda: (now := system.replica_pids("cross-encoder", "Reranker")) and actor not in now,
-        120,
-        what="another replica",
-    )
-    wait_for(lambda: system.statuses()["cross-encoder"] == "RUNNING", 120, what="cross-encoder RUNNING")
-    body = {"model": "cross-encoder", "query": "q", "documents": ["a"], "timeout_ms": 30_000}
-
-    def full():
-        return "degraded" not in system.client.post("/v1/rerank", json=body).json()["meta"]
-
-    wait_for(full, 120, what="scores from the new replica")
 
 
 def test_without_recall_search_says_so_and_rerank_goes_on(system):

@@ -18,8 +18,11 @@ def test_every_deployment_writes_lines_with_the_id_of_the_answer(system: System)
 
 def test_an_id_that_no_log_can_carry_is_replaced_in_all_deployments(system: System) -> None:
     body = {"query": "desk lamp", "documents": ["lamp", "desk"], "model": "minilm"}
-    answer = system.client.post("/v1/rerank", json=body, headers={"X-Request-Id": "not/an/id" * 20})
-    wait_for(lambda: "minilm_Reranker" in lines_of(answer.json()["id"]), 10, 0.2, "lines of the new id")
+    sent = "not/an/id" * 20
+    made = system.client.post("/v1/rerank", json=body, headers={"X-Request-Id": sent}).json()["id"]
+    assert made != sent
+    wait_for(lambda: "minilm_Reranker" in lines_of(made), 10, 0.2, "lines of the new id")
+    assert not lines_of(sent)
 
 
 def test_what_goes_wrong_is_told_with_the_id_and_without_what_was_said(system: System) -> None:

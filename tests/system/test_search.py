@@ -1,11 +1,13 @@
 """Search and rerank calls through the running fleet: gateway, recall and real models."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import ROOT
+from tests.logs import lines_of
+from tests.system.conftest import ROOT, wait_for
 
 
 def test_search_reranks_what_recall_found(system):
@@ -108,13 +110,29 @@ def test_a_deadline_that_no_model_can_meet_still_gets_an_answer(system):
 def test_cancelled_work_leaves_the_engine(system):
     from ray import serve
 
-    from tests.system.conftest import wait_for
-
     handle = serve.get_deployment_handle("Reranker", app_name="qwen-f32")
-    documents = ["long " * 200 + str(i) for i in range(300)]
-    body = {"model": "qwen-f32", "query": "7", "documents": documents, "timeout_ms": 200}
-    system.client.post("/v1/rerank", json=body)
-    wait_for(lambda: handle.info.remote().result(timeout_s=30)["unfinished"] == 0, 30, what="engine idle")
+
+    def rerank(numbers, timeout_ms):
+        documents = [f"{i} " + "long " * 200 for i in numbers]
+        body = {"model": "qwen-f32", "query": "7", "documents": documents, "timeout_ms": timeout_ms}
+        return system.client.post("/v1/rerank", json=body).json()
+
+    began = time.monotonic()
+    assert "degraded" not in rerank(range(1000, 1050), 60_000)["meta"]
+    took_s = time.monotonic() - began
+    late = rerank(range(1000), 1000)
+    assert late["meta"]["degraded"][0]["reason"] == "timeout"
+    # Twenty times as many documents would keep it busy for twenty times as long.
+    wait_for(
+        lambda: handle.info.remote().result(timeout_s=30)["unfinished"] == 0, 5 * took_s, 0.1, "the engine idle"
+    )
+
+    def ends():
+        lines = lines_of(late["id"]).get("qwen-f32_Reranker", ())
+        return [line["message"] for line in lines if line["message"].startswith("CALL score ")]
+
+    # It had some of the work.
+    wait_for(lambda: any(not end.startswith("CALL score OK ") for end in ends()), 10, 0.2, "a call given up")
 
 
 def test_a_replica_loads_nothing_for_sound_training_or_gpus(system):

@@ -73,8 +73,6 @@ def fleet(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     os.environ |= {API_KEYS: f"page:{KEY}", ADMIN_KEY: ADMIN}
-    # Replicas import the scorers.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     store = f"sqlite://{tmp_path_factory.mktemp('rollouts')}/rollouts.sqlite3"
     others = [
         ("rollouts", "rollout", {"store": store}),
