@@ -8,12 +8,16 @@ Python only prepares what tantivy's word splitting gets wrong, and leaves plain 
   and single characters for queries of one character: `降噪耳机` is searched as `降噪 噪耳 耳机`.
 - `WH-1000XM4` is `wh`, `1000xm4` and also `wh1000xm4`; queries join neighbours (`wh 1000xm4`) and split words
   where letters meet digits (`iphone15`) too. `10,000mAh` is also `10000mah`.
+- `EA1002S` is stemmed like any word, to `ea1002`, and is also a word of its own that isn't.
 - `1.5L` is also `1.5` and `1.5l` in one piece each, and searched as such: not as `1`, `5l` or `15l`.
+- `120 × 200 cm` and `120*200` are also `120x200`.
+- `AT&T`, `Node.js` and `L'Oréal` are also `att`, `nodejs` and `loreal`.
 - `C++` and `C#` are the words `cplusplus` and `csharp`; `getUserName` is also `get`, `user` and `name`.
 
 All of it is added as words to the text that is indexed, so that one BM25 statistic per field serves all languages.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +26,7 @@ import regex
 import tantivy
 
 # Goes into every index; an index of another version is refused, because its terms would not be found.
-VERSION = 2
+VERSION = 3
 
 # A longer query is cut here: its terms are bounded anyway (`tantivy_index.MAX_TERMS`).
 MAX_QUERY_CHARS = 8_192
@@ -66,6 +70,9 @@ _NOTHING = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 _HUMP = re.compile(r"[a-z][A-Z]")
 # Tries each run of letters once, not from each of its letters: texts may have runs of a megabyte.
 _HYPHENATED = re.compile(r"(?<![^\W_])[^\W_]++(?:[-_][^\W_]++)+")
+# Letters only: a point beside a digit is a decimal's or a version's. Not `DON'T` and `WOMEN'S`.
+_NAME = re.compile(r"(?<![^\W_])[^\W\d_]++(?:(?:[&.]|['’](?=[A-Z][^\W\d_]{2}))[^\W\d_]++)+")
+_NAME_SIGN = re.compile(r"[&.'’](?<=[^\W\d_].)(?=[^\W\d_])")
 _THOUSANDS = re.compile(r"(?<![^\W_,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])[^\W_]*")
 # Not thousands, versions of three numbers or dates. The point becomes a letter, which tantivy keeps in a word.
 _DECIMAL = re.compile(
@@ -73,11 +80,17 @@ _DECIMAL = re.compile(
 )
 _NEARLY_DECIMAL = re.compile(r"[0-9][.,][0-9]")
 _POINT = "\u01c0"
-_C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W_+#])")
+# What stands between the numbers may be a Latin or a Cyrillic x, a sign of multiplication or an asterisk.
+_NUMBER = f"[0-9]++(?:[.,{_POINT}][0-9]++)?"
+_SIZE = re.compile(rf"(?<!\w){_NUMBER}(?: ?(?:[cm]?m|in|\")?+ ?[xX\u00d7\u0445\u0425*] ?{_NUMBER})++")
+_SIZE_NUMBER = re.compile(_NUMBER)
+_DIGIT_AND_LETTER = re.compile(r"[0-9][^\W\d_]")
+_C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W\d_])")
 _CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
 _HUMPS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+")
 _LETTERS_OR_DIGITS = re.compile(rf"\d+(?:{_POINT}\d+)?|[^\W\d_{_POINT}]+")
 _ACRONYM = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2,3}(?![A-Za-z0-9])")
+_LETTER_A = re.compile(r"(?<![A-Za-z0-9])[Aa](?![A-Za-z0-9])")
 _DIGIT = re.compile(r"\d")
 
 _MAX_JOINED = 6  # parts of a hyphenated word that are joined; longer chains are dates, paths and UUIDs
@@ -105,6 +118,10 @@ class QueryAnalyzer:
         """Distinct terms with their weights, in the query's order. Empty when it has no letters or digits."""
         # Folding makes up to eighteen characters of one.
         folded = fold(query[:MAX_QUERY_CHARS])[:MAX_QUERY_CHARS]
+        # `尺码36，37` are two sizes, which NFKC makes look like `1,5 L`.
+        listed = [
+            number for decimal in _DECIMAL.finditer(folded) if "," in decimal[0] for number in decimal.groups()
+        ]
         folded = _DECIMAL.sub(rf"\1{_POINT}\2", folded)
         words = _with_codes(_separated(folded, singles=False))
         # Only stop words: better searched in the titles than not at all.
@@ -113,11 +130,14 @@ class QueryAnalyzer:
         joined, parts = _spellings(folded, lambda word: bool(self._content.analyze(word)))
         characters = _HAN.findall(folded)
         # `IT support` is no question of what it is; all in capitals says nothing.
-        acronyms = [] if folded.isascii() and folded.isupper() else _ACRONYM.findall(folded)
+        says_nothing = folded.isascii() and folded.isupper()
+        names = [] if says_nothing else _ACRONYM.findall(folded)
+        names += ["a" for a in _LETTER_A.finditer(folded) if _is_name(a, capital_is_one=not says_nothing)]
         for spelling, weight in (
-            (acronyms, 1.0),
+            (names, 1.0),
             (joined, 1.0),
-            (parts, PART_WEIGHT),
+            (_unstemmed(joined), 1.0),
+            ([*parts, *listed], PART_WEIGHT),
             (characters, CHARACTER_WEIGHT),
         ):
             for term in self._all.analyze(" ".join(spelling)):
@@ -180,6 +200,23 @@ def _with_codes(text: str) -> str:
                     added += _joined(hyphenated.replace("_", "-").split("-"))
             if "," in word[:-1]:
                 added += [number.replace(",", "") for number in _THOUSANDS.findall(word)]
+    if _NAME_SIGN.search(text):
+        for word in text.split():
+            for name in _NAME.findall(word):
+                added += _joined(_WORD.findall(name))
+    if _DIGIT.search(text):
+        added += _numbers(text)
+    if "+" in text or "#" in text:
+        text = _C_FAMILY.sub(lambda c: c[1] + ("sharp " if c[2] == "#" else "plusplus "), text)
+    if _DIGIT_AND_LETTER.search(text):
+        codes = " ".join(filter(_DIGIT_AND_LETTER.search, [*text.split(), *added]))
+        added += _unstemmed(_WORD.findall(codes))
+    return f"{text} {' '.join(added)}" if added else text
+
+
+def _numbers(text: str) -> list[str]:
+    """The decimals and sizes of `text`, as one word each."""
+    added: list[str] = []
     if _NEARLY_DECIMAL.search(text):
         for decimal in _DECIMAL.finditer(text):
             number, unit = f"{decimal[1]}{_POINT}{decimal[2]}", _WORD.match(text, decimal.end())
@@ -189,9 +226,26 @@ def _with_codes(text: str) -> str:
             added.append(number)
             if unit or start < decimal.start():
                 added.append(f"{text[start : decimal.start()]}{number}{unit[0] if unit else ''}")
-    if "+" in text or "#" in text:
-        text = _C_FAMILY.sub(lambda c: c[1] + ("sharp" if c[2] == "#" else "plusplus"), text)
-    return f"{text} {' '.join(added)}" if added else text
+    for size in _SIZE.finditer(text):
+        word = "x".join(re.sub("[.,]", _POINT, number) for number in _SIZE_NUMBER.findall(size[0]))
+        if word != size[0].lower() or _WORD.match(text, size.end()):
+            added.append(word)
+    return added
+
+
+def _unstemmed(words: Iterable[str]) -> list[str]:
+    """The codes among `words` that stemming would make another's (`EA1002S`: `EA1002`), with an end that keeps it
+    away."""
+    return [
+        f"{word}{_POINT}"
+        for word in words
+        if _DIGIT_AND_LETTER.search(word) and _stemmer().analyze(word) != [word.lower()]
+    ]
+
+
+@functools.cache
+def _stemmer() -> tantivy.TextAnalyzer:
+    return title_analyzer()
 
 
 def _joined(parts: list[str]) -> Iterator[str]:
@@ -200,6 +254,15 @@ def _joined(parts: list[str]) -> Iterator[str]:
         word = "".join(parts[:n])
         if n == len(parts) or _DIGIT.search(word):
             yield word
+
+
+def _is_name(a: re.Match[str], *, capital_is_one: bool) -> bool:
+    """Whether the `a` of a query is no article: `A字裙`, `vitamin a`, `Class A amplifier`."""
+    before, after = a.string[: a.start()].rstrip(), a.string[a.end() :].lstrip()
+    if _UNSPACED_RUN.match(before[-1:]) or _UNSPACED_RUN.match(after):
+        return True
+    is_first, is_last = not _WORD.search(before), not _WORD.search(after)
+    return not is_first and (is_last or (a[0] == "A" and capital_is_one))
 
 
 def _spellings(folded: str, is_content: Callable[[str], bool]) -> tuple[list[str], list[str]]:

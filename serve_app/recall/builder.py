@@ -79,7 +79,8 @@ def build_index(
                     documents_sha256=sha256,
                     analysis=analysis.VERSION,
                     built_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    source=Path(input).name,
+                    # Names of files are bytes, of any encoding.
+                    source=os.fsencode(Path(input).name).decode(errors="replace"),
                     fields=fields,
                 ).write(index)
             except BaseException:

@@ -41,11 +41,15 @@ class Manifest:
     def write(self, index: Path) -> None:
         """Makes `build` the one that is served, in one step that survives a crash."""
         fresh = index / f".{MANIFEST}"
-        with open(fresh, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, index / MANIFEST)
+        try:
+            with open(fresh, "w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, ensure_ascii=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, index / MANIFEST)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
         fsync(index)
 
 

@@ -1,8 +1,8 @@
 """Reads catalogues: JSON Lines, CSV and the BEIR layout.
 
 A row has an `id` (or `_id`; text or a whole number), a `title` or a `text` or both, and any further fields. A
-row that is wrong is an `InputError` that names the file and the line. Empty titles and texts are not wrong
-(collections such as Cranfield have them); such documents are counted, but no query finds them.
+row that is wrong is an `InputError` that names the file and the line. Titles and texts that are empty or null are
+not wrong (collections such as Cranfield have them); such documents are counted, but no query finds them.
 """
 
 import csv
@@ -65,8 +65,7 @@ class Catalogue:
             except ValueError as error:
                 raise self.error(number, _json_problem(line, str(error))) from None
             if type(found) is not dict:
-                hint = "; one object a line is needed, not one array" if line.startswith(b"[") else ""
-                raise self.error(number, f"not a JSON object but {_kind(found)}{hint}")
+                raise self.error(number, f"not a JSON object but {_kind(found)}{_hint(line)}")
             yield self._row(number, found, line)
 
     def _csv_rows(self) -> Iterator[Row]:
@@ -129,7 +128,7 @@ class Catalogue:
             if text is not None:
                 raise self.error(line, f"text is {_kind(text)}; text is needed")
             text = ""
-        if not title and not text and found.get("title") is None and found.get("text") is None:
+        if "title" not in found and "text" not in found:
             raise self.error(line, f"neither title nor text; {_found(found)}")
         return Row(line, id, title, text, source, found)
 
@@ -159,7 +158,7 @@ class Catalogue:
                     number += 1
                     yield number, line
                 if len(rest) > MAX_ROW_BYTES:
-                    raise self.error(number + 1, f"more than {MAX_ROW_BYTES:,} bytes in one row")
+                    raise self.error(number + 1, f"more than {MAX_ROW_BYTES:,} bytes in one row{_hint(rest)}")
         if rest:
             yield number + 1, rest
         self.read_bytes = self.total_bytes
@@ -171,6 +170,8 @@ def _file(path: Path) -> Path:
         if not corpus.is_file():
             raise InputError(f"{path} is a folder without corpus.jsonl, so it isn't in the BEIR layout")
         return corpus
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file: it is read twice; write it to a file first")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
     if path.suffix.lower() not in _SUFFIXES:
@@ -183,7 +184,14 @@ def _json_problem(line: bytes, message: str) -> str:
         line.decode()
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error.reason} at byte {error.start + 1}"
-    return f"not JSON: {message.replace(' at line 1 column ', ' at column ')}"
+    return f"not JSON: {message.replace(' at line 1 column ', ' at column ')}{_hint(line)}"
+
+
+def _hint(line: bytes) -> str:
+    """What is wrong with a catalogue that is one array, or objects over several lines."""
+    if line.lstrip().startswith(b"["):
+        return "; one object a line is needed, not one array"
+    return "; one object a line is needed, not one over several lines" if line.strip() == b"{" else ""
 
 
 def _found(names: "dict[str, Any] | list[str]") -> str:

@@ -2,14 +2,16 @@
 
 One class for each kind of model; all have `build(request) -> Prompts`, and `max_model_len`, which may be set when
 the engine has said it. Only document tokens are ever cut.
-Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says.
+Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says. Of a long
+document a beginning is encoded: work is bounded by what the model reads.
 """
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from serve_app.config import YesNoPrompt
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
@@ -17,6 +19,9 @@ from serve_app.reranker.tokens import Template, encode_batch, pair_template, pla
 
 # Beginnings of documents, by which a tokenizer is judged.
 _CUT_SAMPLES = ["Paris", " two  spaces", "\nnew line", "2 + 2", "中文", "é", "\u0301", "🙂", "'s", ":) ", "\t", ""]
+
+# Of the first beginning that is tried; ordinary text has two to six.
+_CHARACTERS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,12 @@ class YesNoPrompts:
         limit = min(room, request.max_tokens_per_doc or room)
         if self._cuts:
             before = self._prefix + head_ids
-            encoded = encode_batch(self._plain, [f" {d}" for d in request.documents])
+            texts = [f" {d}" for d in request.documents]
         else:
             before = self._prefix
-            encoded = encode_batch(self._plain, [f"{head} {d}" for d in request.documents])
+            texts = [f"{head} {d}" for d in request.documents]
             limit += len(head_ids)
+        encoded = _encode_beginnings(self._plain, texts, limit)
         prompts = [Prompt(before + ids[:limit] + self._suffix) for ids in encoded]
         return Prompts(prompts, sum(len(ids) > limit for ids in encoded))
 
@@ -108,10 +114,11 @@ class PairPrompts:
 
     def build(self, request: ScoreRequest) -> Prompts:
         """Raises PromptTooLongError if the query leaves no room for a document."""
-        query, *documents = encode_batch(self._plain, [request.query, *request.documents])
+        query = encode_batch(self._plain, [request.query])[0]
         template = self._template
         room = _room(self.max_model_len - len(template) - len(query), self.max_model_len, "query and template")
         limit = min(room, request.max_tokens_per_doc or room)
+        documents = _encode_beginnings(self._plain, request.documents, limit)
         head = template.before + query + template.between
         second_from = len(head) if self._typed else None
         prompts = [Prompt(head + ids[:limit] + template.after, second_from) for ids in documents]
@@ -136,8 +143,7 @@ class TextPrompts:
 
     def build(self, request: ScoreRequest) -> Prompts:
         """Raises PromptTooLongError if the query doesn't fit."""
-        texts = [self._query_prefix + request.query, *(self._document_prefix + d for d in request.documents)]
-        query, *documents = encode_batch(self._plain, texts)
+        query = encode_batch(self._plain, [self._query_prefix + request.query])[0]
         room = self.max_model_len - len(self._template)
         if len(query) > room:
             raise PromptTooLongError(
@@ -145,8 +151,40 @@ class TextPrompts:
                 "tokens (max_model_len)"
             )
         limit = min(room, self._prefix_tokens + (request.max_tokens_per_doc or room))
+        documents = _encode_beginnings(self._plain, [self._document_prefix + d for d in request.documents], limit)
         prompts = [_around(self._template, ids) for ids in [query, *(ids[:limit] for ids in documents)]]
         return Prompts(prompts, sum(len(ids) > limit for ids in documents))
+
+
+def _encode_beginnings(tokenizer: Tokenizer, texts: list[str], limit: int) -> list[list[int]]:
+    """The token ids of each text, or of a beginning with more than `limit` tokens that are the whole's too."""
+    found: dict[int, list[int]] = {}
+    characters = _CHARACTERS_PER_TOKEN * (limit + 1)
+    while longer := [i for i, text in enumerate(texts) if len(text) > characters and i not in found]:
+        beginnings = [_beginning(texts[i], characters) for i in longer]
+        for i, encoding in zip(longer, tokenizer.encode_batch(beginnings, add_special_tokens=False), strict=True):
+            ids = _settled(encoding)
+            if len(ids) > limit:
+                found[i] = ids
+        characters *= 8
+    whole = [i for i in range(len(texts)) if i not in found]
+    found.update(zip(whole, encode_batch(tokenizer, [texts[i] for i in whole]), strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
+def _beginning(text: str, characters: int) -> str:
+    """At most so many characters, cut before whitespace unless the text is written without."""
+    beginning = text[:characters]
+    before, *last = beginning.rsplit(maxsplit=1) or [""]
+    return before if last and len(before) > characters // 2 else beginning
+
+
+def _settled(encoding: Encoding) -> list[int]:
+    """The ids that what follows can't change. Tokenizers part a text into words, and encode each by itself; the
+    word at the cut may go on, and take with it the one before (`don` and `'` of `don't`)."""
+    words = [word for word in encoding.word_ids if word is not None]
+    ids: list[int] = encoding.ids
+    return ids[: bisect_left(words, words[-1] - 1)] if words else []
 
 
 def _around(template: Template, ids: list[int]) -> Prompt:

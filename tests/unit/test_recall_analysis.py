@@ -53,6 +53,15 @@ def test_model_number_is_one_term_however_it_is_written(query: str, document: st
         ("10,000 mAh", "10000mAh"),
         ("c++", "Modern C++, second edition"),
         ("C#", "Programming in C#."),
+        ("c++", "Learn C++20 in a week"),
+        ("C++17", "A tour of C++"),
+        ("c# 8", "C#8 by example"),
+        ("att", "AT&T prepaid card"),
+        ("H&M", "HM gift card"),
+        ("loreal", "L'Oréal Paris"),
+        ("L’Oreal", "Loreal Paris"),
+        ("nodejs", "Node.js in action"),
+        ("usa", "made in the U.S.A."),
         ("user name", "def getUserName(id)"),
         ("user name", "user_name = 1"),
         ("username", "user_name = 1"),
@@ -103,6 +112,30 @@ def test_a_decimal_is_no_other_number(query: str, document: str) -> None:
     assert not shares_a_term(query, document)
 
 
+@pytest.mark.parametrize("comma", [",", "\uff0c"])
+def test_two_numbers_that_a_comma_parts_are_searched_too(comma: str) -> None:
+    terms = QUERY.terms(f"女鞋36{comma}37")
+    assert (terms["36"], terms["37"], terms["36\u01c037"]) == (0.5, 0.5, 1)
+
+
+SIZES = [
+    "120x200", "120X200cm", "120 x 200", "120\u00d7200", "120 \u00d7 200 cm", "120*200", "120cm x 200cm",
+    "120\u0445200", "尺寸120x200厘米", '120" x 200"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_one_term_however_it_is_written(size: str) -> None:
+    assert QUERY.terms(size)["120x200"] == 1
+    assert "120x200" in document_terms(size)
+
+
+def test_sizes_of_several_numbers_and_decimals() -> None:
+    assert QUERY.terms("1,5 x 2.5 m").keys() & document_terms("1.5×2,5m") >= {"1\u01c05x2\u01c05"}
+    assert "30x40x50" in QUERY.terms("30*40*50").keys() & document_terms("30 x 40 x 50cm")
+    assert TITLE.analyze(document_text("Sheet 120x200")) == ["sheet", "120x200"]
+
+
 @pytest.mark.parametrize("text", ["1.2.3", "24.12.2025", "1,2,3", "1,234,567.50"])
 def test_versions_dates_and_lists_are_no_decimals(text: str) -> None:
     assert not any("\u01c0" in term for term in document_terms(text) | QUERY.terms(text).keys())
@@ -114,6 +147,40 @@ def test_versions_dates_and_lists_are_no_decimals(text: str) -> None:
 )
 def test_a_name_that_looks_like_a_stop_word_is_searched(query: str, term: str) -> None:
     assert QUERY.terms(query)[term] == 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["维生素A", "A字裙", "a股", "维生素 A 软胶囊", "Vitamin A", "vitamin a", "Class A amplifier", "PLAN A"],
+)
+def test_the_letter_a_is_searched(query: str) -> None:
+    assert QUERY.terms(query)["a"] == 1
+
+
+@pytest.mark.parametrize("query", ["a lamp", "A desk lamp", "lamp for a desk", "A LAMP FOR A DESK"])
+def test_an_article_is_not_searched(query: str) -> None:
+    assert "a" not in QUERY.terms(query)
+
+
+@pytest.mark.parametrize(
+    ("code", "other"),
+    [
+        ("EA1002S", "EA1002"),
+        ("A1002E", "A1002"),
+        ("GA100ED", "GA100"),
+        ("iphone6s", "iphone6"),
+        ("EA-1002S", "EA1002"),
+    ],
+)
+def test_a_code_that_stemming_cuts_is_another_one(code: str, other: str) -> None:
+    own = document_terms(code)
+    assert len(QUERY.terms(code).keys() & own) > len(QUERY.terms(code).keys() & document_terms(other))
+    assert QUERY.terms(other).keys() & own
+
+
+@pytest.mark.parametrize("text", ["WOMEN'S shoes DON'T", "I'LL", "1960s", "250g", "the 4th of 12 hours"])
+def test_ordinary_words_with_signs_and_digits_are_left_alone(text: str) -> None:
+    assert document_text(text) is text
 
 
 def test_characters_of_no_width_split_no_word() -> None:
@@ -128,6 +195,7 @@ def test_bare_numbers_of_a_longer_code_are_not_searched() -> None:
 def test_c_and_its_relatives_are_different_languages() -> None:
     assert not document_terms("C++ primer") & document_terms("C") & document_terms("C#")
     assert not shares_a_term("c", "C++")
+    assert not shares_a_term("C++17", "The C language")
 
 
 def test_ordinary_neighbours_are_not_joined() -> None:
@@ -147,7 +215,18 @@ def test_query_of_a_whole_page_is_cut() -> None:
     assert len(QUERY.terms("wh-1000xm4 " * 100_000)) < 100
 
 
-@pytest.mark.parametrize("word", ["-" + "a" * 100_000, "-" + "\ufdf4" * 100_000, "_" + "a1B" * 30_000 + "-"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "-" + "a" * 100_000,
+        "-" + "\ufdf4" * 100_000,
+        "_" + "a1B" * 30_000 + "-",
+        "1x" * 50_000,
+        "1 x " * 50_000,
+        "a." * 50_000,
+        "a" * 100_000 + ".a",
+    ],
+)
 def test_a_word_of_any_length_takes_a_time_that_grows_with_it(word: str) -> None:
     # Tried from each of its letters, the first would take some minutes.
     started = time.process_time()

@@ -61,8 +61,13 @@ def test_beir_folder(tmp_path: Path, index: Path) -> None:
 
 
 def test_empty_documents_are_counted(file: Callable[..., Path], index: Path) -> None:
-    summary = build_index(file(GOOD + '{"id": "b", "title": "", "text": " "}\n'), index)
-    assert (summary.documents, summary.empty) == (2, 1)
+    empty = [
+        '{"id": "b", "title": "", "text": " "}',
+        '{"id": "c", "title": null, "text": null}',
+        '{"id": 4, "text": null}',
+    ]
+    summary = build_index(file(GOOD + "\n".join(empty)), index)
+    assert (summary.documents, summary.empty) == (4, 3)
 
 
 def test_progress_ends_with_everything_read(file: Callable[..., Path], index: Path) -> None:
@@ -90,6 +95,14 @@ def test_progress_ends_with_everything_read(file: Callable[..., Path], index: Pa
         ('{"id": "b", "name": "chair"}', "neither title nor text; found: id, name"),
         ('{"id": "a", "title": "chair"}', "id 'a' was already used in line 1"),
         ('[{"id": "b"}]', "not a JSON object but a list; one object a line is needed"),
+        (
+            '[\n {"id": "b"}',
+            "not JSON: EOF while parsing a list at column 1; one object a line is needed, not one array",
+        ),
+        (
+            '{\n "id": "b"',
+            "not JSON: EOF while parsing an object at column 1; one object a line is needed, not one over",
+        ),
         ("5", "not a JSON object but a number"),
     ],
 )
@@ -129,6 +142,8 @@ def test_too_large_a_row_is_refused(
     monkeypatch.setattr(reader, "MAX_ROW_BYTES", 1000)
     with pytest.raises(InputError, match=r"line 2: more than 1,000 bytes in one row"):
         build_index(file(GOOD + json.dumps({"id": "b", "title": "x" * 1000})), index)
+    with pytest.raises(InputError, match=r"line 1: more than 1,000 bytes in one row; one object a line is needed"):
+        build_index(file(json.dumps([{"id": i, "title": "lamp"} for i in range(100)])), index)
 
 
 def test_duplicate_is_found_while_the_build_still_runs(
@@ -159,6 +174,18 @@ def test_input_of_another_kind_is_refused(file: Callable[..., Path], index: Path
     path = file("x", "a.parquet").parent / name
     with pytest.raises(InputError, match=problem):
         build_index(path, index)
+
+
+def test_a_pipe_is_no_catalogue(tmp_path: Path, index: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl is no regular file: it is read twice; write it to a file"):
+        build_index(tmp_path / "rows.jsonl", index)
+
+
+def test_a_file_may_be_named_in_any_encoding(file: Callable[..., Path], index: Path) -> None:
+    build_index(file(GOOD, os.fsdecode("手机.jsonl".encode("gbk"))), index)
+    assert str(TantivyIndex(index).stats()["source"]).endswith("\ufffd.jsonl")
+    assert not (index / ".manifest.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -296,6 +323,18 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing(
     with pytest.raises(
         BuildError, match=r"writing .* failed: .*No space left on device \([\d,]+ MiB are free there"
     ):
+        build_index(file(GOOD), index)
+    assert not index.exists()
+
+
+def test_a_manifest_that_is_not_written_leaves_nothing(
+    file: Callable[..., Path], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(BuildError, match="No space left on device"):
         build_index(file(GOOD), index)
     assert not index.exists()
 

@@ -7,12 +7,12 @@ import string
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, pre_tokenizers
 
 from serve_app.config import DEFAULT_INSTRUCTION, YesNoPrompt
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
-from serve_app.reranker.tokens import pair_template, plain
+from serve_app.reranker.tokens import pair_template, plain, text_template
 from tests.models import (
     ODD_DOCUMENTS,
     QWEN_PLAIN,
@@ -32,6 +32,7 @@ spaces = st.text(st.sampled_from(" \n\t\r\u3000\u00a0ab1.:'é\u0301"), max_size=
 chinese = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), max_size=40)
 code = st.text(st.sampled_from(string.printable), max_size=80)
 long = st.builds(lambda s, n: s * n, st.one_of(prose, code), st.integers(5, 60))
+odd = st.text(st.sampled_from("a1 \n\t.'-é\u0301\u200b中文、。🙂\u200d▁ＡΣ"), max_size=40)
 texts = st.one_of(any_text, prose, spaces, chinese, code, long)
 
 
@@ -47,6 +48,27 @@ def builder(kind: str, max_model_len: int) -> YesNoPrompts | PairPrompts | TextP
     if kind == "pair":
         return PairPrompts(wordpiece_tokenizer(), max_model_len, token_types=True)
     return TextPrompts(wordpiece_tokenizer(), max_model_len)
+
+
+@functools.cache
+def texts_of(make: "functools._lru_cache_wrapper[Tokenizer]") -> TextPrompts:
+    return TextPrompts(make(), 1_000_000)
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.characters = 0
+
+    def encode_batch(self, texts: list[str], **how: bool) -> list[Encoding]:
+        self.characters += sum(map(len, texts))
+        return self._tokenizer.encode_batch(texts, **how)
+
+    def encode_batch_fast(self, texts: list[str], **how: bool) -> list[Encoding]:
+        self.characters += sum(map(len, texts))
+        return self._tokenizer.encode_batch_fast(texts, **how)
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -164,6 +186,39 @@ def test_only_documents_are_cut(kind: str, query: str, documents: list[str], cap
     assert cut.truncated == lost
     if kind == "text":
         assert cut.prompts[0] == whole.prompts[0]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(texts | odd, min_size=1, max_size=4).map(" ".join), st.integers(1, 60), st.sampled_from([1, 2, 8]))
+@pytest.mark.parametrize("make", [wordpiece_tokenizer, unigram_tokenizer, qwen_tokenizer])
+def test_the_beginning_of_a_long_document_gives_the_ids_of_the_whole(
+    make: "functools._lru_cache_wrapper[Tokenizer]",
+    monkeypatch: pytest.MonkeyPatch,
+    document: str,
+    limit: int,
+    characters_per_token: int,
+) -> None:
+    # So few that the limit is often close to the cut.
+    monkeypatch.setattr("serve_app.reranker.prompt._CHARACTERS_PER_TOKEN", characters_per_token)
+    prompts = texts_of(make)
+    built = prompts.build(ScoreRequest("q", [document], max_tokens_per_doc=limit))
+    whole = ids(prompts._plain, document)
+    template = text_template(make())
+    assert built.prompts[1].ids == [*template.before, *whole[:limit], *template.after]
+    assert built.truncated == (len(whole) > limit)
+
+
+@pytest.mark.parametrize("kind", ["yes-no", "pair", "text"])
+@pytest.mark.parametrize("unit", ["A cotton shirt for men, slim fit. ", "这款男士纯棉衬衫可以机洗吗？"])
+def test_no_more_of_a_document_is_encoded_than_the_model_reads(
+    kind: str, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = builder(kind, MAX_MODEL_LEN)
+    counting = Counting(prompts._plain)
+    monkeypatch.setattr(prompts, "_plain", counting)
+    built = prompts.build(ScoreRequest("q", [unit * 10_000] * 3 + ["short"]))
+    assert built.truncated == 3
+    assert counting.characters < 50_000
 
 
 def test_max_tokens_per_doc_counts_document_tokens() -> None:
