@@ -147,9 +147,11 @@ def _scoring_choice(
         # A stable that this gateway doesn't know is nobody's choice.
         return pipeline in settings.pipelines and bool(settings.pipelines[pipeline].stages)
 
-    # A canary that can't score is never tried.
-    splits = [split for split in splits if scores(split.canary) or not scores(split.stable)]
     pipeline, placed = _choice(settings, route, splits, user)
+    if not scores(pipeline):
+        # A canary that can't score is never tried.
+        splits = [split for split in splits if scores(split.canary) or not scores(split.stable)]
+        pipeline, placed = _choice(settings, route, splits, user)
     if not scores(pipeline):
         weights = _moved(settings.routes[route].weights, [split for split in splits if not scores(split.stable)])
         able = {name: weight for name, weight in weights.items() if weight > 0 and scores(name)}
@@ -158,8 +160,8 @@ def _scoring_choice(
             message = f"{route} has no pipeline with a rerank stage to score with; it has: {listed}"
             raise ApiError("invalid_request", message, param="model")
         pipeline, placed = place(splits, choose(able, user, salt=f"{route}\0score"), user)
-    if placed is not None and not scores(placed.split.stable):
-        # A stable that can't score is nothing to compare with, or to fall back to.
+    if placed is not None and not (scores(placed.split.stable) and scores(placed.split.canary)):
+        # Where one side can't score, there is nothing to compare, to mirror to or to fall back to.
         placed = None
     return pipeline, placed
 

@@ -84,13 +84,14 @@ _POINT = "\u01c0"
 _NUMBER = f"[0-9]++(?:[.,{_POINT}][0-9]++)?"
 _SIZE = re.compile(rf"(?<!\w){_NUMBER}(?: ?(?:[cm]?m|in|\")?+ ?[xX\u00d7\u0445\u0425*] ?{_NUMBER})++")
 _SIZE_NUMBER = re.compile(_NUMBER)
+_THOUSANDS_COMMA = re.compile(",(?=[0-9]{3}$)")
 _DIGIT_AND_LETTER = re.compile(r"[0-9][^\W\d_]")
 _C_FAMILY = re.compile(r"(?<![^\W_])([A-Za-z])(\+\+|#)(?![^\W\d_])")
 _CAMEL = re.compile(r"\b(?:[a-z]{2,}[0-9]*(?:[A-Z][A-Za-z0-9]*)|(?:[A-Z]+[a-z0-9]+){3,})\b")
 _HUMPS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+")
 _LETTERS_OR_DIGITS = re.compile(rf"\d+(?:{_POINT}\d+)?|[^\W\d_{_POINT}]+")
 _ACRONYM = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2,3}(?![A-Za-z0-9])")
-_LETTER_A = re.compile(r"(?<![A-Za-z0-9])[Aa](?![A-Za-z0-9])")
+_LETTER_A = re.compile(rf"(?<![^\W_{_UNSPACED}])[Aa](?![^\W_{_UNSPACED}])")
 _DIGIT = re.compile(r"\d")
 
 _MAX_JOINED = 6  # parts of a hyphenated word that are joined; longer chains are dates, paths and UUIDs
@@ -227,7 +228,8 @@ def _numbers(text: str) -> list[str]:
             if unit or start < decimal.start():
                 added.append(f"{text[start : decimal.start()]}{number}{unit[0] if unit else ''}")
     for size in _SIZE.finditer(text):
-        word = "x".join(re.sub("[.,]", _POINT, number) for number in _SIZE_NUMBER.findall(size[0]))
+        numbers = (_THOUSANDS_COMMA.sub("", number) for number in _SIZE_NUMBER.findall(size[0]))
+        word = "x".join(re.sub("[.,]", _POINT, number) for number in numbers)
         if word != size[0].lower() or _WORD.match(text, size.end()):
             added.append(word)
     return added

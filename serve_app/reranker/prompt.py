@@ -2,8 +2,8 @@
 
 One class for each kind of model; all have `build(request) -> Prompts`, and `max_model_len`, which may be set when
 the engine has said it. Only document tokens are ever cut.
-Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says. Of a long
-document a beginning is encoded: work is bounded by what the model reads.
+Text from a request is encoded by a `plain` tokenizer, so it holds no control tokens, whatever it says. Where the
+tokenizer parts text into words, only a beginning of a long document is encoded: as much as the model may read.
 """
 
 import re
@@ -159,13 +159,17 @@ class TextPrompts:
 def _encode_beginnings(tokenizer: Tokenizer, texts: list[str], limit: int) -> list[list[int]]:
     """The token ids of each text, or of a beginning with more than `limit` tokens that are the whole's too."""
     found: dict[int, list[int]] = {}
+    # Where words don't end, as in Chinese for a tokenizer that parts at whitespace, no beginning will do.
+    wholes: set[int] = set()
     characters = _CHARACTERS_PER_TOKEN * (limit + 1)
-    while longer := [i for i, text in enumerate(texts) if len(text) > characters and i not in found]:
+    while longer := [i for i, text in enumerate(texts) if len(text) > characters and i not in {*found, *wholes}]:
         beginnings = [_beginning(texts[i], characters) for i in longer]
         for i, encoding in zip(longer, tokenizer.encode_batch(beginnings, add_special_tokens=False), strict=True):
             ids = _settled(encoding)
             if len(ids) > limit:
                 found[i] = ids
+            elif len(encoding.ids) > limit:
+                wholes.add(i)
         characters *= 8
     whole = [i for i in range(len(texts)) if i not in found]
     found.update(zip(whole, encode_batch(tokenizer, [texts[i] for i in whole]), strict=True))

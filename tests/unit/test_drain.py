@@ -161,6 +161,13 @@ def test_a_node_that_stays_full_is_an_error(
         empty("node", 30)
 
 
+def test_a_node_that_becomes_empty_at_the_end_is_asked_once_more(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    answers(monkeypatch, *[["a"]] * 5, [])
+    empty("node", 5)
+
+
 def serve(monkeypatch: pytest.MonkeyPatch, details: Any) -> None:
     """What Serve's controller answers, or what is raised."""
     asked = SimpleNamespace(get_serve_instance_details=SimpleNamespace(remote=lambda: None))

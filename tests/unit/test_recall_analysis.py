@@ -132,6 +132,7 @@ def test_a_size_is_one_term_however_it_is_written(size: str) -> None:
 
 def test_sizes_of_several_numbers_and_decimals() -> None:
     assert QUERY.terms("1,5 x 2.5 m").keys() & document_terms("1.5×2,5m") >= {"1\u01c05x2\u01c05"}
+    assert "1200x600" in QUERY.terms("1200x600").keys() & document_terms("Desk 1,200 x 600 mm")
     assert "30x40x50" in QUERY.terms("30*40*50").keys() & document_terms("30 x 40 x 50cm")
     assert TITLE.analyze(document_text("Sheet 120x200")) == ["sheet", "120x200"]
 
@@ -157,7 +158,9 @@ def test_the_letter_a_is_searched(query: str) -> None:
     assert QUERY.terms(query)["a"] == 1
 
 
-@pytest.mark.parametrize("query", ["a lamp", "A desk lamp", "lamp for a desk", "A LAMP FOR A DESK"])
+@pytest.mark.parametrize(
+    "query", ["a lamp", "A desk lamp", "lamp for a desk", "A LAMP FOR A DESK", "biała", "tủ đá"]
+)
 def test_an_article_is_not_searched(query: str) -> None:
     assert "a" not in QUERY.terms(query)
 

@@ -221,6 +221,20 @@ def test_no_more_of_a_document_is_encoded_than_the_model_reads(
     assert counting.characters < 50_000
 
 
+@pytest.mark.parametrize(
+    ("unit", "part"), [("A cotton shirt for men. ", 0.1), ("这款男士纯棉衬衫可以机洗吗？", 1.3)]
+)
+def test_a_document_that_is_one_word_to_its_tokenizer_is_not_encoded_twice(
+    unit: str, part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = PairPrompts(unigram_tokenizer(), MAX_MODEL_LEN, False)
+    counting = Counting(prompts._plain)
+    monkeypatch.setattr(prompts, "_plain", counting)
+    document = unit * 2_000
+    assert prompts.build(ScoreRequest("q", [document])).truncated == 1
+    assert counting.characters < part * len(document)
+
+
 def test_max_tokens_per_doc_counts_document_tokens() -> None:
     document = SENTENCES[0]
     whole = yes_no().build(ScoreRequest("q", [document])).prompts[0].ids

@@ -183,6 +183,18 @@ def test_a_route_scores_by_what_it_was_promoted_to():
         resolve(words, None, None, "ann", splits_of(shadow), scoring=True)
 
 
+def test_score_calls_follow_a_chain_of_promotions_through_one_that_cannot_score():
+    route = GatewaySettings.model_validate({**SETTINGS, "routes": {"default": {"weights": {"one": 1}}}})
+    first = split(100, stable="one", canary="bm25", live=False)
+    for weight, live in ((100, False), (25, True)):
+        chain = splits_of(first, split(weight, "r2", "bm25", "cascade", live))
+        for user in (f"u{i}" for i in range(100)):
+            found = resolve(route, None, None, user, chain).pipeline
+            score = resolve(route, None, None, user, chain, scoring=True)
+            assert score.pipeline == ("cascade" if found == "cascade" else "one")
+            assert score.place is None
+
+
 def test_score_calls_have_a_part_in_a_trial_of_two_rerankers():
     trial = Split("r1", "split", "one", "cascade", 25.0)
     plans = [scoring(f"u{i}", trial) for i in range(2000)]
