@@ -53,7 +53,7 @@ _BARE = "bare engine, token ids"
 _FASTEST = 5000
 # What Ray has put off while it was stopped is done by then.
 _SETTLE_S = 2.0
-_WARM_S = 0.5
+_WARM_DOCUMENTS = 20
 _BATCH = {"max_num_batched_tokens": 8192, "max_num_seqs": 256}
 # Documents a call, calls at once and seconds a block, by shape.
 LOADS = {"tiny": ((200, 1, 2.0), (200, 8, 4.0)), "25m": ((200, 1, 8.0), (50, 8, 8.0))}
@@ -356,7 +356,7 @@ def _compare(shape: str, rounds: int) -> dict[str, Any]:
                     if peer != _ENCODER or at_once == 1:
                         with stopped([pid for other, pid in pids.items() if other != peer]):
                             time.sleep(_SETTLE_S)
-                            contenders[peer](documents, at_once, _WARM_S)
+                            contenders[peer](_WARM_DOCUMENTS, 1, 0.5)
                             rate = contenders[peer](documents, at_once, seconds)
                         rates[peer].setdefault(f"{at_once} x {documents}", []).append(rate)
     cases = [f"{at_once} x {documents}" for documents, at_once, _ in LOADS[shape]]
