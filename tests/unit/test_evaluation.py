@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +374,15 @@ def test_failures_between_answers_end_nothing(dataset: Path, clock: Clock) -> No
     assert [(result.failures, report.stopped) for result in report.results] == [(6, None)] * 2
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a run in the background goes without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_an_interrupt_leaves_the_finished_systems(dataset: Path) -> None:
     def reply(body: dict[str, Any]) -> httpx.Response:
         if body.get("model", "recall alone") == interrupted:
