@@ -358,7 +358,9 @@ def _compare(shape: str, rounds: int) -> dict[str, Any]:
                             time.sleep(_SETTLE_S)
                             contenders[peer](_WARM_DOCUMENTS, 1, 0.5)
                             rate = contenders[peer](documents, at_once, seconds)
-                        rates[peer].setdefault(f"{at_once} x {documents}", []).append(rate)
+                        case = f"{at_once} x {documents}"
+                        rates[peer].setdefault(case, []).append(rate)
+                        print(f"round {i + 1}: {peer}, {case}: {rate:.1f} pairs/s", file=sys.stderr, flush=True)
     cases = [f"{at_once} x {documents}" for documents, at_once, _ in LOADS[shape]]
     result: dict[str, Any] = {
         "dtype": dtype,
