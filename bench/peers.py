@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -419,6 +420,8 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(LOADS), action="append")
     arguments = parser.parse_args()
     shapes = tuple(arguments.shape or LOADS)
+    # What is stopped goes on and what was started ends, also where somebody's `timeout` says so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = run(arguments.rounds, shapes)
     kept = saved("peers")
     result = {shape: kept[shape] for shape in LOADS if shape in kept} | result
