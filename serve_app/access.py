@@ -63,6 +63,12 @@ def shown(url: str) -> str:
     return re.sub(r"^(.*?://)?.*@", r"\1", url, flags=re.DOTALL)
 
 
+def why_uncallable(url: str, error: Exception) -> str:
+    """What `error` says of `url`; only its name where it could quote a key: of a password with a / in it, httpx
+    says that it is no port."""
+    return str(error) if shown(url) == url else type(error).__name__
+
+
 def is_elsewhere(url: str) -> bool:
     """Whether `url` is another machine's, which may be reached by a proxy of the environment (ALL_PROXY, …)."""
     try:

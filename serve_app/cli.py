@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve_app import __version__
-from serve_app.access import API_KEY, bearer, is_elsewhere, shown
+from serve_app.access import API_KEY, bearer, is_elsewhere, shown, why_uncallable
 
 _URL = os.environ.get("SERVE_APP_URL", "http://127.0.0.1:8000")
 
@@ -394,9 +394,7 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         return None
     # ImportError: a proxy of the environment for which httpx lacks something.
     except (httpx.InvalidURL, ValueError, ImportError) as error:
-        # Of a password with a / in it, httpx says that it's no port.
-        why = error if where == url else type(error).__name__
-        _complain(f"can't call {where!r}: {why}", 1)
+        _complain(f"can't call {where!r}: {why_uncallable(url, error)}", 1)
         return None
     try:
         answer = response.json()

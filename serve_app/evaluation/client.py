@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.access import API_KEY, bearer, is_elsewhere, shown
+from serve_app.access import API_KEY, bearer, is_elsewhere, shown, why_uncallable
 
 ATTEMPTS = 6
 # Of a 503, a Retry-After beyond this is not waited for in full.
@@ -64,9 +64,7 @@ class Gateway:
             )
         # ImportError: a proxy of the environment for which httpx lacks something.
         except (httpx.InvalidURL, ValueError, ImportError) as error:
-            # Of a password with a / in it, httpx says that it's no port.
-            why = error if self.url == url.rstrip("/") else type(error).__name__
-            raise EvaluationError(f"can't call {self.url!r}: {why}") from None
+            raise EvaluationError(f"can't call {self.url!r}: {why_uncallable(url, error)}") from None
 
     async def __aenter__(self) -> "Gateway":
         return self

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import httpx
 
-from serve_app.access import ADMIN_KEY, bearer, is_elsewhere, shown
+from serve_app.access import ADMIN_KEY, bearer, is_elsewhere, shown, why_uncallable
 
 # Longer than the gateway waits for a controller.
 _TIMEOUT_S = 20.0
@@ -77,9 +77,8 @@ class Control:
         try:
             response = self._http.request(method, f"{self._base}/v1/rollouts{path}", json=body, params=params)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-            # Of a password with a / in it, httpx says that it's no port.
-            why = f": {error}" if self.url == self._base else ""
-            raise CommandError(f"--url is {self.url!r}{why}; allowed: http://HOST:PORT", 2) from None
+            why = why_uncallable(self._base, error)
+            raise CommandError(f"--url is {self.url!r}: {why}; allowed: http://HOST:PORT", 2) from None
         except httpx.HTTPError as error:
             raise AwayError(f"no answer from {self.url}: {error}; is it up? (serve-app up CONFIG)") from None
         try:
