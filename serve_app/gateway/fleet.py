@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from grpc import StatusCode
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -27,8 +29,10 @@ logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 
 _STATUS_EVERY_S = 2.0
-# A replica that dies takes its calls with it; they go to another one this many times.
+# A replica that dies or is stopped takes its calls with it; they go to another one this many times.
 _ATTEMPTS = 3
+# What Serve's messages over gRPC meet then, where Serve itself doesn't call it an actor's error.
+_GONE = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.INTERNAL)
 # A timeout says something about a variant only if the variant had at least this long.
 _TELLING_TIMEOUT_S = 1.0
 # What says which fingerprint an application's answers have now.
@@ -183,7 +187,7 @@ class Fleet:
             breaker.settle(call, failed)
 
     async def _call(self, app: str, deployment: str, method: str, *arguments: Any) -> Any:
-        for attempt in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             response = self._method(app, deployment, method).remote(*arguments)
             try:
                 return await response
@@ -192,14 +196,15 @@ class Fleet:
                 with contextlib.suppress(Exception):
                     response.cancel()
                 task = asyncio.current_task()
-                if task is not None and not task.cancelling():
-                    # The replica's own, as one that is being stopped sends: it has not been asked for here.
-                    raise StageFailure("unavailable", f"{app} gave the call up", retry_after_s=1) from None
-                raise
-            except RayActorError:
-                if attempt == _ATTEMPTS - 1:
+                if task is None or task.cancelling():
                     raise
-        raise AssertionError("unreachable")
+                # The replica's own, as one that is being stopped sends: it has not been asked for here.
+                gone: Exception = StageFailure("unavailable", f"{app} gave the call up", retry_after_s=1)
+            except (RayActorError, AioRpcError) as error:
+                if isinstance(error, AioRpcError) and error.code() not in _GONE:
+                    raise
+                gone = error
+        raise gone
 
     def _method(self, app: str, deployment: str, method: str) -> DeploymentHandle:
         found = self._methods.get((app, deployment, method))
@@ -281,7 +286,7 @@ def _stage_failure(app: str, error: Exception, timeout_s: float) -> StageFailure
         return StageFailure("timeout", f"{app} did not answer within {timeout_s * 1e3:.0f} ms")
     if isinstance(cause, BackPressureError | EngineFullError):
         return StageFailure("overloaded", f"{app} has too many calls waiting", retry_after_s=1)
-    if isinstance(cause, RayActorError):
+    if isinstance(cause, RayActorError) or (isinstance(cause, AioRpcError) and cause.code() in _GONE):
         return StageFailure("unavailable", f"{app} lost its replicas", retry_after_s=5)
     if isinstance(cause, DeploymentUnavailableError):
         return StageFailure("unavailable", f"{app} failed to deploy", retry_after_s=30)

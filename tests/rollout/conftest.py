@@ -203,8 +203,8 @@ class Load:
         assert not self.errors, self.errors[:3]
         failed = [call for call in self.calls if call.status != 200]
         assert not failed, failed[:3]
-        degraded = [call.meta for call in self.calls if "degraded" in call.meta]
-        assert not degraded, (len(degraded), degraded[:3])
+        degraded = [(call.took_s, call.meta["degraded"]) for call in self.calls if "degraded" in call.meta]
+        assert not degraded, f"{len(degraded)} of {len(self.calls)}: {degraded[:3]}"
         late = [call for call in self.calls if call.took_s > 2 * TIMEOUT_MS / 1e3]
         assert not late, late
 

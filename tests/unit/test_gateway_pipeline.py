@@ -7,8 +7,11 @@ import math
 import time
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import ActorUnavailableError
 
 from serve_app.config import Fusion, Stage
 from serve_app.gateway import lexical
@@ -273,6 +276,96 @@ def test_a_variant_that_failed_under_short_deadlines_is_asked_again():
         clock.now += 1.01
         assert (await score(fleet))[0].scores == [0.5]
         assert (await score(fleet))[0].scores == [0.5]
+
+    asyncio.run(scenario())
+
+
+class Handles(Fleet):
+    """Each call to a replica ends as the next of `ends` says."""
+
+    def __init__(self, *ends):
+        super().__init__()
+        self.ends = list(ends)
+        self.sent = []
+        self.asked = asyncio.Event()
+
+    def _method(self, app, deployment, method):
+        return self
+
+    def remote(self, request):
+        self.sent.append(Response(self.ends.pop(0)))
+        self.asked.set()
+        return self.sent[-1]
+
+
+class Response:
+    def __init__(self, end):
+        self.end = end
+        self.cancelled = False
+
+    def __await__(self):
+        return self.wait().__await__()
+
+    async def wait(self):
+        if self.end is None:
+            await asyncio.sleep(60)
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return self.end
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def transport(code):
+    return AioRpcError(code, Metadata(), Metadata())
+
+
+SCORED = ScoreResult([0.5], [0.0], 1, 0, 0, "", 0.1)
+ONE_PAIR = ScoreRequest(query="q", documents=["d"])
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ActorUnavailableError("gone", None),
+        transport(StatusCode.UNAVAILABLE),
+        transport(StatusCode.CANCELLED),
+        asyncio.CancelledError(),
+    ],
+    ids=["dead", "unreachable", "cut off", "gave up"],
+)
+def test_a_call_that_a_stopping_replica_drops_goes_to_another_one(end):
+    async def scenario():
+        fleet = Handles(end, end, SCORED)
+        assert await fleet.score("small", ONE_PAIR, 32, timeout_s=5) == [SCORED]
+        with pytest.raises(StageFailure) as caught:
+            await Handles(end, end, end, SCORED).score("small", ONE_PAIR, 32, timeout_s=5)
+        assert caught.value.reason == "unavailable"
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_too_large_to_send_is_sent_once():
+    async def scenario():
+        fleet = Handles(transport(StatusCode.RESOURCE_EXHAUSTED), SCORED)
+        with pytest.raises(StageFailure) as caught:
+            await fleet.score("small", ONE_PAIR, 32, timeout_s=5)
+        assert caught.value.reason == "error"
+        assert len(fleet.sent) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_takes_its_call_back_and_no_other_is_sent():
+    async def scenario():
+        fleet = Handles(None, SCORED)
+        call = asyncio.create_task(fleet.score("small", ONE_PAIR, 32, timeout_s=5))
+        await asyncio.wait_for(fleet.asked.wait(), 10)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert [response.cancelled for response in fleet.sent] == [True]
 
     asyncio.run(scenario())
 
