@@ -42,7 +42,12 @@ def search_answer(
 
 
 def rerank_answer(
-    call: Call, ranking: Ranking, top_n: int | None, documents: Sequence[dict[str, Any]] | None, raw_scores: bool
+    call: Call,
+    ranking: Ranking,
+    top_n: int | None,
+    documents: Sequence[dict[str, Any]] | None,
+    raw_scores: bool,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The answer of the rerank dialects; `documents` puts each result's document in, `raw_scores` gives logits."""
     results: list[dict[str, Any]] = []
@@ -57,11 +62,12 @@ def rerank_answer(
         "model": call.plan.name,
         "results": results,
         "usage": _usage(ranking.reports),
-        # Cohere's clients read the first two.
+        # Cohere's clients read these and the warnings.
         "meta": {
             "api_version": {"version": "2"},
             "billed_units": {"search_units": 1},
             **meta(call, ranking.reports),
+            **({"warnings": list(warnings)} if warnings else {}),
         },
     }
 

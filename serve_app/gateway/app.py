@@ -1,6 +1,5 @@
 """The gateway's HTTP surface: routes, bodies in and out, one error body for everything that goes wrong."""
 
-import asyncio
 import json
 import logging
 import re
@@ -13,8 +12,8 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -22,11 +21,11 @@ from serve_app import __version__
 from serve_app.config import GatewaySettings
 from serve_app.gateway import wire
 from serve_app.gateway.answers import rerank_answer, score_answer, search_answer, tei_answer
+from serve_app.gateway.body import got, read
 from serve_app.gateway.control import EventsBody, RolloutBody, add_control
 from serve_app.gateway.cors import check_page
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.errors import ApiError
-from serve_app.gateway.limits import limit
 from serve_app.gateway.openapi import ERRORS, OF_CALLS, document, takes
 from serve_app.gateway.overview import add_fleet
 from serve_app.gateway.pipeline import StageReport
@@ -38,8 +37,6 @@ logger = logging.getLogger("ray.serve")
 
 B = TypeVar("B", bound=BaseModel)
 
-# A body that trickles in must not hold one of limits.max_concurrent_calls for ever.
-_BODY_TIMEOUT_S = 10
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODIES = (wire.SearchBody, wire.AnyRerankBody, wire.CohereV2Body, wire.ScoreBody, RolloutBody, EventsBody)
 
@@ -81,8 +78,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
     async def rerank_documents(request: Request, body: wire.RerankBody, shown_by_default: bool) -> Any:
         call = _call(service, request, body)
         query = body.query if isinstance(body.query, str) else _text(body.query, None, "query")
-        if body.rank_fields:
-            _check_rank_fields(body.documents, body.rank_fields)
+        warnings = _check_rank_fields(body.documents, body.rank_fields) if body.rank_fields else ()
         documents = [
             document if isinstance(document, str) else _text(document, body.rank_fields, f"documents[{i}]")
             for i, document in enumerate(body.documents)
@@ -95,7 +91,7 @@ def create_app(service: Service, observe: Observer = lambda *call: None) -> Fast
             if wanted
             else None
         )
-        return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False)
+        return rerank_answer(call, ranking, body.top_n, shown, body.use_activation is False, warnings)
 
     async def rerank_texts(request: Request, body: wire.TeiBody) -> Any:
         call = _call(service, request, body)
@@ -256,7 +252,7 @@ async def _answer(
             check(request)
         service.enter(kind)
         entered = True
-        body = None if model is None else await _read(request, model, service.settings)
+        body = None if model is None else await read(request, model, service.settings)
         response = _json(await answer(body))
     except ApiError as error:
         response = _error(error, request_id)
@@ -272,48 +268,14 @@ async def _answer(
             service.leave(kind)
     call, reports = getattr(request.state, "ran", (None, ()))
     # For dialects whose answers have no room for it.
-    if without := [f"{report.name} {report.failure.reason}" for report in reports if report.failure]:
+    if without := [
+        f"{report.name} {report.failure.reason if report.failure else 'skipped'}"
+        for report in reports
+        if report.failure or report.skipped
+    ]:
         response.headers["X-Degraded"] = ", ".join(without)
     observe(request.scope["route"].path, response.status_code, time.monotonic() - began, call, reports)
     return response
-
-
-async def _read(request: Request, model: type[B], settings: GatewaySettings) -> B:
-    max_bytes = settings.limits.max_body_bytes
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise ApiError("unsupported_encoding", f"Content-Encoding is {encoding[:40]!r}; allowed: identity")
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    message = f"the body is over limits.max_body_bytes, which is {max_bytes}"
-                    raise ApiError("body_too_large", message)
-                chunks.append(chunk)
-    except TimeoutError:
-        raise ApiError("body_too_slow", f"the body was not here within {_BODY_TIMEOUT_S} s") from None
-    try:
-        data = from_json(b"".join(chunks), allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError("invalid_json", f"the body is not valid JSON in UTF-8: {error}") from None
-    # Before millions of texts are looked at, one by one.
-    for name in wire.TEXTS if isinstance(data, dict) else ():
-        if isinstance(texts := data.get(name), list):
-            limit(settings, "max_documents", len(texts), name, "documents")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        # Of what a field may be, the one that came nearest.
-        problem = max(problems, key=lambda problem: len(problem["loc"]))
-        param = _path(problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ApiError(
-            "invalid_request", f"{param}: {message}" if param else message, param=param or None
-        ) from None
 
 
 def _call(service: Service, request: Request, body: Any, scoring: bool = False) -> Call:
@@ -402,15 +364,20 @@ def _check_whole(call: Call, reports: Sequence[StageReport]) -> None:
     raise ApiError("prompt_too_long", f"{cut} of texts {what}; truncate: true cuts them", param="texts")
 
 
-def _check_rank_fields(documents: Sequence[str | wire.TextDocument], rank_fields: list[str]) -> None:
-    """Refuses names that no object among the documents has: they are typing errors. Raises ApiError."""
+def _check_rank_fields(documents: Sequence[str | wire.TextDocument], rank_fields: list[str]) -> list[str]:
+    """Warnings of names that no object among the documents has: they may be typing errors. Raises ApiError where
+    none of the names is there."""
     objects = [(i, document) for i, document in enumerate(documents) if not isinstance(document, str)]
-    if not objects or any(document.model_fields_set.intersection(rank_fields) for _, document in objects):
-        return
-    i, document = objects[0]
-    wanted, there = (", ".join(names)[:200] for names in (rank_fields, sorted(document.model_fields_set)))
-    message = f"documents[{i}] has none of rank_fields ({wanted}); it has: {there or 'nothing'}"
-    raise ApiError("invalid_request", message, param="rank_fields")
+    there = set().union(*(document.model_fields_set for _, document in objects))
+    missing = [name for name in dict.fromkeys(rank_fields) if name not in there]
+    if not objects or not missing:
+        return []
+    if there.isdisjoint(rank_fields):
+        i, document = objects[0]
+        wanted, has = (", ".join(names)[:200] for names in (rank_fields, sorted(document.model_fields_set)))
+        message = f"documents[{i}] has none of rank_fields ({wanted}); it has: {has or 'nothing'}"
+        raise ApiError("invalid_request", message, param="rank_fields")
+    return [f"rank_fields: no document has {name[:80]!r}" for name in missing]
 
 
 def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str) -> str:
@@ -432,7 +399,8 @@ def _text(document: wire.TextDocument, rank_fields: list[str] | None, param: str
                 raise ApiError("invalid_request", f"{param} {error}", param=f"{param}.content") from None
         raise ApiError("invalid_request", f"{param} is an object without text", param=f"{param}.text")
     if not isinstance(document.text, str):
-        raise ApiError("invalid_request", f"{param}.text: Input should be a valid string", param=f"{param}.text")
+        message = f"{param}.text: Input should be a valid string{got(document.text)}"
+        raise ApiError("invalid_request", message, param=f"{param}.text")
     return document.text
 
 
@@ -442,17 +410,3 @@ def _shown(document: str | wire.TextDocument, text: str, rank_fields: list[str] 
         return {"text": document}
     sent = document.model_dump(exclude_unset=True)
     return sent if rank_fields else {**sent, "text": text}
-
-
-_UNION_MEMBERS = ("str", "TextDocument", "RerankBody", "TeiBody", "UbiEvent", "OtherEvent")
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """`documents[3].text` for a pydantic location, without the names of union members."""
-    path = ""
-    for part in loc:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part not in _UNION_MEMBERS and not part.startswith(("list[", "function-")):
-            path += f".{part}" if path else part
-    return path

@@ -3,9 +3,10 @@
 No client pays for a canary: what it can't answer in full and in time, stable answers within the call's deadline.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -41,26 +42,31 @@ async def answer(
     ranking_of: Callable[[A], Ranking],
     order_of: Callable[[A], Sequence[Any]],
     searched: bool,
+    question: Hashable,
 ) -> tuple[Call, A]:
     """What `attempt` makes of the call, and the call that was answered. `order_of` names the results, best first.
-    Raises what `attempt` raises for stable, or where no rollout has a say."""
+    Of calls with one `question` one is mirrored. Raises what `attempt` raises for stable, or where no rollout has
+    a say."""
     place = call.plan.place
     if place is None or not place.split.live:
         return call, await attempt(call)
     started = time.monotonic()
     forced = rollouts.wants_computed(place)
     fresh = call.fresh or forced
+    trial = rollouts.trial_deadline(place.split, call.deadline)
     if place.role == "canary":
         try:
-            deadline = rollouts.trial_deadline(place.split, call.deadline)
-            whole = await _whole(attempt, replace(call, deadline=deadline, fresh=fresh))
+            whole = await _whole(attempt, replace(call, deadline=trial, fresh=fresh))
+        except asyncio.CancelledError as hung_up:
+            _count_failure(rollouts, call, hung_up)
+            raise
         except CanaryFailedError as failure:
             plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
             stable_place = replace(place, role="stable")
             stable = replace(call, plan=replace(plan, place=stable_place, why="fallback"))
             try:
                 answered = await attempt(stable)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 _count_failure(rollouts, call, error)
                 raise
             # By kind, as stable's are: what degrades both alike is no difference.
@@ -77,16 +83,19 @@ async def answer(
             return stable, answered
         _count(rollouts, call, ranking_of(whole), started, searched, forced)
         return call, whole
+    trial_s = trial.remaining_s()
     try:
         answered = await attempt(replace(call, fresh=fresh))
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         _count_failure(rollouts, call, error)
         raise
-    degraded = _count(rollouts, call, ranking_of(answered), started, searched, forced)
+    ranking = ranking_of(answered)
+    late = not trial.remaining_s() or _outlasts(ranking, trial_s, searched)
+    degraded = _count(rollouts, call, ranking, started, searched, forced, late)
     order = order_of(answered)
     # Of fewer than two results there is one order.
-    if not degraded and len(order) > 1 and rollouts.wants_mirror(place.split):
-        rollouts.mirror(_mirrored(rollouts, call, attempt, order_of, order))
+    if not degraded and len(order) > 1 and rollouts.wants_mirror(place.split, question):
+        rollouts.mirror(_mirrored(rollouts, call, attempt, order_of, order, question))
     return call, answered
 
 
@@ -96,6 +105,7 @@ async def _mirrored(
     attempt: Callable[[Call], Awaitable[A]],
     order_of: Callable[[A], Sequence[Any]],
     stable_order: Sequence[Any],
+    question: Hashable,
 ) -> None:
     assert call.plan.place is not None
     split = call.plan.place.split
@@ -105,7 +115,9 @@ async def _mirrored(
         whole = await _whole(attempt, replace(call, plan=plan, deadline=deadline, mirrored=True))
     except CanaryFailedError as failure:
         # A canary that is busy with live calls, which go first, drops mirrored ones; that is no failure.
-        if str(failure) != "overloaded" and not (str(failure) == "timeout" and split.weight > 0):
+        if str(failure) == "overloaded" or (str(failure) == "timeout" and split.weight > 0):
+            rollouts.was_not_mirrored(split, question)
+        else:
             rollouts.mirrored(split, None, degraded=failure.degraded)
     else:
         rollouts.mirrored(split, (stable_order, order_of(whole)))
@@ -124,30 +136,55 @@ async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call) -> A:
         raise CanaryFailedError("error") from error
 
 
-def _count_failure(rollouts: Rollouts, call: Call, error: Exception) -> None:
-    """A call that nobody could answer counts on its side, unless it is the caller's fault."""
+def _count_failure(rollouts: Rollouts, call: Call, error: BaseException) -> None:
+    """A call that got no answer counts on its side, unless it is the caller's fault. One whose client hung up
+    counts: a side that is slower than its clients wait has failed them."""
     assert call.plan.place is not None
     if not isinstance(error, ApiError) or error.status >= 500:
         rollouts.answered(call.plan.place, call.request_id, None, error=True)
 
 
-def _count(rollouts: Rollouts, call: Call, ranking: Ranking, started: float, searched: bool, forced: bool) -> bool:
-    """Whether the answer is degraded. `forced`: it was to be computed for the rollout's sake."""
+def _outlasts(ranking: Ranking, trial_s: float, searched: bool) -> bool:
+    """Whether a stage took longer than it would have been given of `trial_s`, as `Deadline.share_s` gives it."""
+    stages = [report for report in ranking.reports if report.skipped is None]
+    left_s = trial_s - (stages.pop(0).took_ms / 1e3 if searched else 0)
+    for i, report in enumerate(stages):
+        if report.took_ms / 1e3 > left_s / (len(stages) - i):
+            return True
+        left_s -= report.took_ms / 1e3
+    return False
+
+
+def _count(
+    rollouts: Rollouts,
+    call: Call,
+    ranking: Ranking,
+    started: float,
+    searched: bool,
+    forced: bool,
+    late: bool = False,
+) -> bool:
+    """Whether the answer is degraded. `forced`: it was to be computed for the rollout's sake. `late`: a canary
+    wouldn't have had the time."""
     assert call.plan.place is not None
+    # Of a pipeline without any, or for another script, recall is all there is to time.
+    has_stages = len(call.plan.stages) > sum(report.skipped is not None for report in ranking.reports)
     degraded = any(report.failure is not None for report in ranking.reports)
     scores = [score for p in ranking.order[:SHOWN] if (score := ranking.rerank_scores[p]) is not None]
     pairs = sum(report.pairs for report in ranking.reports)
     hits = sum(report.cache_hits for report in ranking.reports)
     # None where all scores were known, or were being computed for others.
     tokens = sum(report.tokens for report in ranking.reports)
-    if forced and not pairs and not degraded:
+    computed = pairs and not hits if has_stages else not any(report.cached for report in ranking.reports)
+    if forced and has_stages and not pairs and not degraded:
         rollouts.was_not_computed(call.plan.place)
     rollouts.answered(
         call.plan.place,
         call.request_id,
-        time.monotonic() - started if pairs and not hits else None,
+        time.monotonic() - started if computed else None,
         degraded=degraded,
-        unasked=not tokens and not degraded,
+        late=late,
+        unasked=has_stages and not tokens and not degraded and not late,
         scores=scores,
         searched=searched,
     )

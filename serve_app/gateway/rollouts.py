@@ -10,7 +10,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -33,6 +33,8 @@ _UNSENT_REPORTS, _UNSENT_SEARCHES = 2_000, 20_000
 _REPORTS_AT_ONCE, _SEARCHES_AT_ONCE = 500, 5_000
 # Mirrored calls of one gateway that are under way at once; more are dropped.
 _MIRRORED_AT_ONCE = 4
+# Of what was mirrored at a rollout's weight, so much is known again.
+_KNOWN_QUESTIONS = 4_000
 _LATENCIES = 200
 # Of a canary call's time, what is kept for stable to answer instead: twice what stable's slow calls take, within
 # these parts; the larger one until that is known.
@@ -69,6 +71,7 @@ class Rollouts:
         self._ask = ask
         self.clock = clock
         self._splits = Splits()
+        self._heard = False
         # How far the controller's clock is ahead of this machine's: it judges calls by when they were.
         self._ahead_s = 0.0
         self._counters = Counters()
@@ -79,6 +82,8 @@ class Rollouts:
         # When a call was last computed for a side of a rollout, or was to be.
         self._computed_at: dict[tuple[str, str], float] = {}
         self._mirrored: set[asyncio.Task[None]] = set()
+        # By rollout: its weight, and the hashes of what was mirrored at it, oldest first.
+        self._questions: dict[str, tuple[float, dict[int, None]]] = {}
         self._app: str | None = None
         self._deployed = Deployed()
         self._running: asyncio.Task[None] | None = None
@@ -89,7 +94,7 @@ class Rollouts:
         self._app = settings.rollout
         self._deployed = deployed(settings)
         if self._app is None:
-            self._splits = Splits()
+            self._splits, self._heard = Splits(), False
         elif self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
 
@@ -118,19 +123,23 @@ class Rollouts:
         *,
         error: bool = False,
         degraded: bool = False,
+        late: bool = False,
         unasked: bool = False,
         scores: Sequence[float] = (),
         searched: bool = False,
     ) -> None:
         """Counts a call that `place` put somewhere: an answer, or that there was none. `took_s` is None for an
-        answer with scores from the cache, of which the two sides have unequal parts; `unasked` is one that asked
-        no model for anything."""
+        answer with scores from the cache, of which the two sides have unequal parts; `late` is one of stable's
+        that a canary would have been given up over; `unasked` is one that asked no model for anything, though its
+        pipeline has some."""
         now = self._now()
         figures = self._counters.at(place.split.rollout, place.role, now)
         figures.add(
-            None if took_s is None else took_s * 1e3,
+            # As of a canary's calls, so that both sides' are cut at the same time.
+            None if took_s is None or late else took_s * 1e3,
             error=error,
             degraded=degraded,
+            late=late,
             unasked=unasked,
             scores=scores,
         )
@@ -163,9 +172,29 @@ class Rollouts:
 
     # ---- mirrored calls
 
-    def wants_mirror(self, split: Split) -> bool:
-        """Whether the call just answered by stable is to be mirrored: by chance, and while there is room."""
-        return split.shadow > 0 and random.random() < split.shadow and len(self._mirrored) < _MIRRORED_AT_ONCE
+    def wants_mirror(self, split: Split, question: Hashable) -> bool:
+        """Whether the call just answered by stable is to be mirrored: by chance, while there is room, and once at
+        a weight for one `question`: a probe that asks the same all day is one sample."""
+        chosen = split.shadow > 0 and random.random() < split.shadow and len(self._mirrored) < _MIRRORED_AT_ONCE
+        if not chosen:
+            return False
+        weight, known = self._questions.get(split.rollout, (split.weight, {}))
+        if weight != split.weight:
+            # Guards begin anew.
+            known = {}
+        self._questions[split.rollout] = split.weight, known
+        if hash(question) in known:
+            return False
+        known[hash(question)] = None
+        if len(known) > _KNOWN_QUESTIONS:
+            del known[next(iter(known))]
+        return True
+
+    def was_not_mirrored(self, split: Split, question: Hashable) -> None:
+        """The call was dropped: another one with its question will do."""
+        weight, known = self._questions.get(split.rollout, (split.weight, {}))
+        if weight == split.weight:
+            known.pop(hash(question), None)
 
     def mirror(self, call: Coroutine[Any, Any, Any]) -> None:
         """Runs a mirrored call on its own; whatever it raises is its own affair."""
@@ -194,7 +223,13 @@ class Rollouts:
                     self._silent = False
                 except Exception as error:
                     if not self._silent:
-                        logger.warning("no news from the rollout application, the last splits stay: %s", error)
+                        what = "no news from the rollout application, the last splits stay"
+                        if not self._heard:
+                            what = (
+                                "no news yet from the rollout application: rollouts and promotions are not in "
+                                "force here"
+                            )
+                        logger.warning("%s: %s", what, error)
                     self._silent = True
             await asyncio.sleep(_EVERY_S)
 
@@ -212,14 +247,16 @@ class Rollouts:
         if getattr(splits, "stored", True):
             _drop(self._unsent, reports)
             _drop(self._searches, searches)
-        if self._app == app:
-            # The settings may have changed meanwhile.
-            self._splits = splits
+        # The settings may have changed meanwhile. And what was read before the store went away is for those that
+        # have nothing: others may have heard of a later state, from another controller.
+        if self._app == app and not (self._heard and getattr(splits, "old", False)):
+            self._splits, self._heard = splits, True
             if splits.said_at is not None:
                 self._ahead_s = splits.said_at - time.time()
         live = {split.rollout for splits in self._splits.by_route.values() for split in splits if split.live}
         self._latencies = {name: found for name, found in self._latencies.items() if name in live}
         self._computed_at = {side: at for side, at in self._computed_at.items() if side[0] in live}
+        self._questions = {name: known for name, known in self._questions.items() if name in live}
 
 
 def deployed(settings: GatewaySettings) -> Deployed:

@@ -9,9 +9,9 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from serve_app.gateway.redis_tier import RedisTier
 from serve_app.reranker.messages import ScoreRequest, ScoreResult
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 # More than this is hashed on a thread, because it takes over a millisecond.
 _HASHED_AT_ONCE_CHARS = 1_000_000
@@ -187,6 +189,8 @@ class Scoring:
         found: defaultdict[str, _Found] = defaultdict(lambda: _Found(n))
         wanted = self.fleet.fingerprints.of(ask.variant)
         split = False
+        # Of other calls, what was waited for long enough.
+        late: set[_Shared] = set()
         while True:
             if ask.reads and wanted and not found[wanted].there.all():
                 await self._look_up(ask, wanted, found[wanted])
@@ -198,14 +202,14 @@ class Scoring:
             shared: dict[_Shared, list[int]] = {}
             own = missing
             if ask.reads and wanted and not split:
-                own, shared = self._under_way(ask, wanted, missing)
+                own, shared = self._under_way(ask, wanted, missing, late)
             if own:
                 chunk = len(own) if split else ask.pairs_per_call
-                for positions, part in await self._compute(ask, wanted, own, chunk):
+                for positions, part in await self._compute(ask, wanted, own, chunk, late):
                     found[part.fingerprint].add(positions, part.scores, computed=True)
                     got[part.fingerprint] += len(positions)
                     computed.append(part)
-            for fingerprint, positions, scores in await _wait(ask, shared):
+            for fingerprint, positions, scores in await _wait(ask, shared, late):
                 found[fingerprint].add(positions, scores, computed=False)
                 got[fingerprint] += len(positions)
                 self._pairs["shared"] += len(positions)
@@ -249,24 +253,25 @@ class Scoring:
             self._pairs["memory_hits"] += int(there.sum())
 
     def _under_way(
-        self, ask: _Ask, fingerprint: str, missing: list[int]
+        self, ask: _Ask, fingerprint: str, missing: list[int], late: Collection[_Shared]
     ) -> tuple[list[int], dict[_Shared, list[int]]]:
-        """Of the `missing`, what nobody computes yet, and what others do."""
+        """Of the `missing`, what nobody computes yet or others are `late` with, and what others do."""
         flights = self._flights.get((ask.variant, fingerprint), {})
         own: list[int] = []
         shared: dict[_Shared, list[int]] = {}
         for position in missing:
             flight = flights.get(ask.names[position])
-            if flight is None:
+            if flight is None or flight in late:
                 own.append(position)
             else:
                 shared.setdefault(flight, []).append(position)
         return own, shared
 
     async def _compute(
-        self, ask: _Ask, wanted: str, positions: list[int], pairs_per_call: int
+        self, ask: _Ask, wanted: str, positions: list[int], pairs_per_call: int, late: Collection[_Shared] = ()
     ) -> list[tuple[list[int], ScoreResult]]:
-        """The variant's answers for `positions`, chunk by chunk; what comes is cached and shared at once."""
+        """The variant's answers for `positions`, chunk by chunk; what comes is cached and shared at once. None,
+        where all that other calls were `late` with came first."""
         request, documents = ask.request, ask.request.documents
         if len(positions) < len(documents):
             request = replace(request, documents=[documents[i] for i in positions])
@@ -283,12 +288,13 @@ class Scoring:
                 flights[i].set_result((part.fingerprint, dict(zip(names[i], part.scores, strict=True))))
 
         try:
-            parts = await self.fleet.score(
+            computing = self.fleet.score(
                 ask.variant, request, size, ask.left_s(), mirrored=ask.mirrored, scored=scored
             )
+            parts = await _unless_there(computing, late)
         finally:
             self._land(ask.variant, wanted, names, flights)
-        return list(zip(chunks, parts, strict=True))
+        return list(zip(chunks, parts, strict=bool(parts)))
 
     def _take_off(self, variant: str, fingerprint: str, names: list[list[bytes]]) -> list[_Shared]:
         loop = asyncio.get_running_loop()
@@ -337,17 +343,39 @@ async def _names(request: ScoreRequest) -> list[bytes]:
 
 
 async def _wait(
-    ask: _Ask, shared: dict[_Shared, list[int]]
+    ask: _Ask, shared: dict[_Shared, list[int]], late: set[_Shared]
 ) -> list[tuple[str, list[int], npt.NDArray[np.float64]]]:
-    """What other calls computed of ours; what they didn't is left out. Raises StageFailure when time is up."""
+    """What other calls computed of ours; what they didn't is left out. The first time, half of what is left is
+    waited, and what hasn't come then is added to `late`: the other call may have more time than this one, and a
+    replica that hangs. Raises StageFailure when time is up."""
     if not shared:
         return []
-    _, late = await asyncio.wait(shared, timeout=ask.left_s())
-    if late:
+    left_s = ask.left_s()
+    _, waiting = await asyncio.wait(shared, timeout=left_s if late else left_s / 2)
+    if waiting and late:
         raise ask.timeout()
+    late |= waiting
     found = []
     for flight, positions in shared.items():
-        if (result := flight.result()) is not None:
+        if flight.done() and (result := flight.result()) is not None:
             fingerprint, scores = result
             found.append((fingerprint, positions, np.array([scores[ask.names[i]] for i in positions])))
     return found
+
+
+async def _unless_there(computing: Coroutine[Any, Any, list[T]], late: Collection[_Shared]) -> list[T]:
+    """What `computing` gives. Nothing, where all that was `late` comes before it, and so is in the cache."""
+    waiting: set[asyncio.Future[Any]] = {flight for flight in late if not flight.done()}
+    if not waiting:
+        return await computing
+    task = asyncio.ensure_future(computing)
+    try:
+        while waiting:
+            done, _ = await asyncio.wait({task, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if task in done or any(flight.result() is None for flight in waiting & done):
+                return await task
+            waiting -= done
+        return []
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

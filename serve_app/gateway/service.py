@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
@@ -154,7 +154,13 @@ class Service:
             return [candidates[position].id for position in ranking.order[:SHOWN]]
 
         call, (candidates, ranking) = await answer(
-            self.rollouts, call, attempt, ranking_of=lambda found: found[1], order_of=order, searched=True
+            self.rollouts,
+            call,
+            attempt,
+            ranking_of=lambda found: found[1],
+            order_of=order,
+            searched=True,
+            question=query,
         )
         return call, candidates, ranking
 
@@ -177,6 +183,7 @@ class Service:
             ranking_of=lambda ranking: ranking,
             order_of=lambda ranking: ranking.order[:SHOWN],
             searched=False,
+            question=(query, *documents),
         )
 
     async def _recall(self, call: Call, query: str, k: int) -> Recalled:
@@ -192,7 +199,7 @@ class Service:
     ) -> tuple[Call, Ranking]:
         """The last stage's score of every (query, document) pair, as a ranking, and the call that was answered.
         The call's plan must have a stage; the dialect calls the two sides `params`. BM25 is no stand-in here: a
-        score is a model's number or an error."""
+        score is a model's number or an error, as for queries that the stage would skip."""
         left, right = params
         check_documents(call.settings, [document for _, document in pairs], right)
         positions_of: dict[str, list[int]] = {}
@@ -203,9 +210,14 @@ class Service:
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
             check_query(call.settings, query, left)
+        place = call.plan.place
+        if place is None or not place.split.live or place.role == "stable":
+            # What a canary can't read, stable may.
+            _check_scripts(call, positions_of, left)
         self._spend(call, len(pairs))
 
         async def attempt(call: Call) -> Ranking:
+            _check_scripts(call, positions_of, left)
             return await self._score(call, pairs, positions_of, left)
 
         return await answer(
@@ -215,6 +227,7 @@ class Service:
             ranking_of=lambda ranking: ranking,
             order_of=lambda ranking: ranking.order[:SHOWN],
             searched=False,
+            question=tuple(pairs),
         )
 
     async def _score(
@@ -397,6 +410,13 @@ def _skipper(call: Call, query: str) -> Callable[[Stage], str | None]:
         return f"the query has {letter!r}, and variants.{stage.variant}.scripts is [{', '.join(scripts)}]"
 
     return skip
+
+
+def _check_scripts(call: Call, queries: Iterable[str], param: str) -> None:
+    """Refuses queries that the stage which is to score them would skip. Raises ApiError."""
+    for query in queries:
+        if why := _skipper(call, query)(call.plan.stages[-1]):
+            raise ApiError("invalid_request", why, param=param)
 
 
 def _nothing_possible(failure: StageFailure, query_param: str = "query") -> ApiError:

@@ -323,6 +323,10 @@ class Meta(BaseModel):
     variants: list[str]
     stages: list[StageMeta]
     degraded: list[Degraded] | None = Field(default=None, description="Absent when nothing was left out.")
+    warnings: list[str] | None = Field(
+        default=None,
+        description="What the call may not have meant, as a name in `rank_fields` that no document has.",
+    )
     took_ms: float
 
 

@@ -132,8 +132,9 @@ class Controller:
                 await self._alone(f"rollout {rollout.id}", self._look(rollout, lease))
         over = await self._read_splits()
         if lease is not None:
-            for rollout in over:
-                await self._alone(f"the end of {rollout.id}", self._retire(rollout, lease))
+            # The last one first: of two that cancel each other out, the upper one alone would be in force again.
+            for rollout, reason in reversed(over):
+                await self._alone(f"the end of {rollout.id}", self._retire(rollout, reason, lease))
         await self._count_early()
 
     async def _alone(self, what: str, work: Coroutine[Any, Any, None]) -> None:
@@ -170,9 +171,9 @@ class Controller:
         elif state.status != "pending":
             look = await self._looks.look(rollout.id, document, state, _LOOK_S, self._patience_s())
             gone = self._gone(rollout)
-            if look.seen is None and not gone:
+            if look.verdicts is None and not gone:
                 return
-            facts = Facts(now, gone=gone, verdicts=look.verdicts, seen=look.seen or 0)
+            facts = Facts(now, gone=gone, verdicts=look.verdicts or ())
         change = advance(document, state, facts)
         if change is not None:
             await self._commit(rollout, document, state, change, facts.verdicts, lease)
@@ -213,13 +214,8 @@ class Controller:
                 "change those, then: serve deploy FILE"
             )
 
-    async def _retire(self, rollout: Rollout, lease: Lease) -> None:
-        """A promoted rollout whose stable the route's own weights no longer name is over for good: should they
-        name it again, that is what an operator wants. So is one whose canary is gone."""
+    async def _retire(self, rollout: Rollout, reason: str, lease: Lease) -> None:
         _, state = _parts(rollout)
-        reason = f"route {rollout.route!r} sends no calls to {rollout.spec['stable']!r} any more"
-        if self._gone(rollout):
-            reason = f"no gateway's settings have the pipeline {rollout.spec['canary']!r} any more"
         logger.info(f"rollout {rollout.id} is done: {reason}")
         changed = replace(rollout, state={**rollout.state, "retired": True})
         entry = Transition(state.status, "promoted, and the route's own weights have taken over", reason)
@@ -251,7 +247,8 @@ class Controller:
 
     async def exchange(self, news: News) -> Splits:
         """Takes in what a gateway counted, and says what is in force: also where the former couldn't be `stored`,
-        and the gateway is to send the same again. Raises StoreError where the latter isn't known."""
+        and the gateway is to send the same again. While the store is away, that is what was in force when it was
+        read last, and marked as `old`. Raises StoreError where it was never read."""
         self._deployed[news.gateway] = (time.monotonic(), news.deployed)
         stored = True
         try:
@@ -266,24 +263,33 @@ class Controller:
             if str(error) != self._unstored:
                 logger.warning("what gateways counted could not be stored, they keep it: %s", error)
             self._unstored, stored = str(error), False
+        old = False
         if time.monotonic() - self._splits_at > _SPLITS_S:
-            await self._read_splits()
-        return replace(self._splits, said_at=time.time(), stored=stored)
+            try:
+                await self._read_splits()
+            except StoreError:
+                old = self._splits_at > float("-inf")
+                if not old:
+                    raise
+        return replace(self._splits, said_at=time.time(), stored=stored, old=old)
 
-    async def _read_splits(self) -> list[Rollout]:
-        """Reads what is in force. Promoted rollouts that no calls reach any more come back."""
+    async def _read_splits(self) -> list[tuple[Rollout, str]]:
+        """Reads what is in force. Promoted rollouts that are over come back, oldest first, with the reason."""
         asked_at = time.monotonic()
         found = await asyncio.to_thread(self._read_open, asked_at - self._splits_at > _AWAY_S)
         by_route: dict[str, list[Split]] = {}
-        over: list[Rollout] = []
+        over: dict[str, tuple[Rollout, str]] = {}
+        # By route and canary.
+        promoted: dict[tuple[str, str], Rollout] = {}
         # Calls come to a promoted rollout's stable by the route's own weights, or from one promoted before it.
         reached = {route: set(names) for route, names in self._in_force().routes.items()}
         for rollout in filter(_is_promoted, found):
             names = reached.get(rollout.route)
+            under = promoted.get((rollout.route, rollout.spec["stable"]))
+            promoted[rollout.route, rollout.spec["canary"]] = rollout
             if names is not None:
-                # A pipeline of the canary's name that comes some day gets no calls by an old promotion.
-                if rollout.spec["stable"] not in names or self._gone(rollout):
-                    over.append(rollout)
+                if reason := self._over(rollout, names, under if under and under.id in over else None):
+                    over[rollout.id] = rollout, reason
                     continue
                 names.add(rollout.spec["canary"])
             by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0, live=False))
@@ -291,11 +297,25 @@ class Controller:
             state = State.from_json(rollout.state)
             if not state.finished and state.status not in ("pending", "warming"):
                 by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
-        self._tell_overriding(rollout for rollout in filter(_is_promoted, found) if rollout not in over)
+        self._tell_overriding(rollout for rollout in filter(_is_promoted, found) if rollout.id not in over)
         if asked_at > self._splits_at:
             self._splits = Splits({route: tuple(splits) for route, splits in by_route.items()})
             self._splits_at = asked_at
-        return over
+        return list(over.values())
+
+    def _over(self, rollout: Rollout, names: set[str], under: Rollout | None) -> str:
+        """Why a promoted rollout isn't in force any more, for good; empty where it is. `names` get the route's
+        calls; `under` is the promotion whose canary is this one's stable, where that is over. A pipeline of an old
+        canary's name that comes some day gets no calls, and weights that name stable once more are what an
+        operator wants."""
+        stable, canary = rollout.spec["stable"], rollout.spec["canary"]
+        if self._gone(rollout):
+            return f"no gateway's settings have the pipeline {canary!r} any more"
+        if stable not in names:
+            return f"route {rollout.route!r} sends no calls to {stable!r} any more"
+        if under is not None and under.spec["stable"] == canary:
+            return f"it took {under.id!r} back, from which the weights of route {rollout.route!r} have taken over"
+        return ""
 
     def _tell_overriding(self, promoted: Iterable[Rollout]) -> None:
         """Whoever writes weights for both sides wants a mix, and doesn't get it."""
@@ -533,7 +553,7 @@ def _is_promoted(rollout: Rollout) -> bool:
 
 
 def _parts(rollout: Rollout) -> tuple[RolloutDocument, State]:
-    return RolloutDocument.model_validate(rollout.spec), State.from_json(rollout.state)
+    return RolloutDocument.stored(rollout.spec), State.from_json(rollout.state)
 
 
 def _split(rollout: Rollout, weight: float, live: bool) -> Split:
@@ -548,7 +568,7 @@ def _summary(figures: Figures) -> dict[str, Any]:
         "calls": figures.calls,
         "asked": figures.asked,
         "errors": figures.errors,
-        "degraded": figures.degraded,
+        "degraded": figures.not_whole,
         "p50_ms": figures.quantile_ms(0.5),
         "p95_ms": figures.quantile_ms(0.95),
         "mirrored": mirror.calls,

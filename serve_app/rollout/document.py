@@ -28,7 +28,15 @@ the weight and waits.
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from serve_app import strictyaml
 from serve_app.config import Block, Name, RouteName, closest, explain
@@ -48,6 +56,10 @@ _MIRRORED = (
     "degraded_rate",
     *(name for name, metric in METRICS.items() if metric.source == "mirror"),
 )
+
+
+# The context of documents that were accepted once, maybe by a version that allowed more.
+_STORED = {"stored": True}
 
 
 class Pause(Block):
@@ -143,7 +155,9 @@ class RolloutDocument(Block):
 
     @field_validator("guards")
     @classmethod
-    def _guards_fit_their_metrics(cls, guards: dict[MetricName, Guard]) -> dict[MetricName, Guard]:
+    def _guards_fit_their_metrics(
+        cls, guards: dict[MetricName, Guard], info: ValidationInfo
+    ) -> dict[MetricName, Guard]:
         for name, guard in guards.items():
             metric = METRICS[name]
             if not metric.low <= guard.threshold <= metric.high:
@@ -153,6 +167,11 @@ class RolloutDocument(Block):
                 )
             if (guard.alpha is None) == (metric.source == "clicks"):
                 raise ValueError(f"{name}.alpha is {guard.alpha}; ctr_at_1 and click_mrr have one, others none")
+            if guard.min_samples < metric.fewest and info.context != _STORED:
+                raise ValueError(
+                    f"{name}.min_samples is {guard.min_samples}; allowed: {metric.fewest} and more, "
+                    "because noise can't be told from fewer"
+                )
         return guards
 
     @model_validator(mode="after")
@@ -174,6 +193,11 @@ class RolloutDocument(Block):
             elif step.analysis is not None:
                 self._can_be_judged(i, weight)
         return self
+
+    @classmethod
+    def stored(cls, spec: dict[str, Any]) -> "RolloutDocument":
+        """One that a rollout was started with."""
+        return cls.model_validate(spec, context=_STORED)
 
     def _can_be_judged(self, i: int, weight: float) -> None:
         where = f"steps[{i}] is an analysis at weight {weight:g}"

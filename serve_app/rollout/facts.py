@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serve_app.rollout.document import RolloutDocument
@@ -53,13 +53,12 @@ class Readiness:
 
 @dataclass(slots=True)
 class Look:
-    """What is known of a rollout's figures. `seen`: the samples behind the verdicts; None before the first."""
+    """What is known of a rollout's figures: no `verdicts` before the first."""
 
     window: Window
-    verdicts: list[Verdict] = field(default_factory=list)
-    seen: int | None = None
+    verdicts: list[Verdict] | None = None
     at: float = float("-inf")
-    reading: asyncio.Future[tuple[list[Verdict], int]] | None = None
+    reading: asyncio.Future[list[Verdict]] | None = None
 
 
 class Looks:
@@ -83,13 +82,13 @@ class Looks:
             look.reading = _beside(self._judged(look.window, rollout_id, document, state.clicks_from))
         if look.reading is not None and await _done(look.reading, patience_s):
             reading, look.reading, look.at = look.reading, None, time.monotonic()
-            look.verdicts, look.seen = reading.result()
+            look.verdicts = reading.result()
         return look
 
     def verdicts(self, rollout_id: str) -> list[Verdict]:
         """The last ones."""
         look = self._looks.get(rollout_id)
-        return look.verdicts if look else []
+        return look.verdicts or [] if look else []
 
     def figures(self, rollout_id: str, since: float) -> tuple[Figures, Figures]:
         """Canary's and stable's since that moment, read beside the looks, in any thread. Raises StoreError."""
@@ -128,14 +127,12 @@ class Looks:
 
     async def _judged(
         self, window: Window, rollout_id: str, document: RolloutDocument, clicks_from: float
-    ) -> tuple[list[Verdict], int]:
-        def judged() -> tuple[list[Verdict], int]:
+    ) -> list[Verdict]:
+        def judged() -> list[Verdict]:
             now = time.time()
             canary, stable = window.read(self._store, rollout_id, now)
             clicked = clicks(self._store, rollout_id, document, clicks_from, now)
-            seen = sum(figures.asked + figures.mirror.calls for figures in (canary, stable))
-            seen += sum(side.queries for block in clicked for side in block)
-            return judge(document.guards, canary, stable, clicked), seen
+            return judge(document.guards, canary, stable, clicked)
 
         async with self._readers:
             return await asyncio.to_thread(judged)

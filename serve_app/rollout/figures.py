@@ -58,12 +58,14 @@ class Mirror:
 @dataclass(slots=True)
 class Figures:
     """Calls of one side. `latency` and `scores` count by bin; `scored` calls brought scores. Latencies are of
-    calls whose scores were all computed for them; `unasked` calls asked the side's models for none and could not
-    fail by them (their scores were known, or there was nothing to score)."""
+    calls whose scores were all computed for them, or that had no stage to ask; `unasked` calls asked the side's
+    models for none and could not fail by them (their scores were known, or there was nothing to score). `late`
+    ones of stable came in full, but after the time that a canary has."""
 
     calls: int = 0
     errors: int = 0
     degraded: int = 0
+    late: int = 0
     unasked: int = 0
     scored: int = 0
     latency: Counter[int] = field(default_factory=Counter)
@@ -76,6 +78,7 @@ class Figures:
         *,
         error: bool = False,
         degraded: bool = False,
+        late: bool = False,
         unasked: bool = False,
         scores: Sequence[float] = (),
     ) -> None:
@@ -87,6 +90,7 @@ class Figures:
             self.errors += 1
             return
         self.degraded += degraded
+        self.late += late and not degraded
         self.unasked += unasked
         if latency_ms is not None:
             self.latency[math.ceil(math.log(max(latency_ms, _MIN_LATENCY_MS)) / _LOG_GAMMA)] += 1
@@ -117,6 +121,11 @@ class Figures:
         return self.calls - self.unasked
 
     @property
+    def not_whole(self) -> int:
+        """Answers that a canary would not have been let give: something is left out, or they came too late."""
+        return self.degraded + self.late
+
+    @property
     def answered(self) -> int:
         """Calls with a latency."""
         return self.latency.total()
@@ -143,6 +152,7 @@ class Figures:
             self.calls + other.calls,
             self.errors + other.errors,
             self.degraded + other.degraded,
+            self.late + other.late,
             self.unasked + other.unasked,
             self.scored + other.scored,
             self.latency + other.latency,
@@ -167,6 +177,7 @@ class Figures:
                 calls=int(data.get("calls", 0)),
                 errors=int(data.get("errors", 0)),
                 degraded=int(data.get("degraded", 0)),
+                late=int(data.get("late", 0)),
                 unasked=int(data.get("unasked", 0)),
                 scored=int(data.get("scored", 0)),
                 latency=_bins(data.get("latency", ())),
@@ -177,7 +188,7 @@ class Figures:
             raise ValueError(f"these are no figures: {error}") from None
 
 
-_COUNTS = ("calls", "errors", "degraded", "unasked", "scored")
+_COUNTS = ("calls", "errors", "degraded", "late", "unasked", "scored")
 _MIRROR_COUNTS = tuple(f.name for f in fields(Mirror))
 
 

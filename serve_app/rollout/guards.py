@@ -42,7 +42,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A metric's defaults. `allowed` says what the threshold means, which may be `low` to `high`; `source` is what
-    has to be there for samples."""
+    has to be there for samples, of which `fewest` have to be asked for."""
 
     allowed: str
     threshold: float
@@ -50,6 +50,7 @@ class Metric:
     high: float
     min_samples: int
     source: Literal["calls", "mirror", "clicks"] = "calls"
+    fewest: int = 1
 
 
 METRICS: dict[MetricName, Metric] = {
@@ -60,8 +61,9 @@ METRICS: dict[MetricName, Metric] = {
     # A better model orders differently; what these defaults catch is an order that has nothing to do with
     # stable's. Ten documents in random order: 0.1, 0.65 and 0; ten random ones of fifty: 0.02, 0.13 and 0.
     "top1_agreement": Metric("share of mirrored calls, at least", 0.25, 0, 1, 30, "mirror"),
-    "rbo": Metric("mean over mirrored calls, at least", 0.4, 0, 1, 30, "mirror"),
-    "kendall_tau": Metric("mean over mirrored calls, at least", 0.2, -1, 1, 30, "mirror"),
+    # Their noise is measured by how much calls differ, of which a few that happen to be alike say nothing.
+    "rbo": Metric("mean over mirrored calls, at least", 0.4, 0, 1, 30, "mirror", fewest=10),
+    "kendall_tau": Metric("mean over mirrored calls, at least", 0.2, -1, 1, 30, "mirror", fewest=10),
     # Jensen-Shannon. For canaries that should score as stable does: another build, GPU share or quantisation.
     "score_drift": Metric("distance, at most", 0.25, 0, 1, 100),
     "ctr_at_1": Metric("stable minus canary, at most", 0.01, 0, 1, 200, "clicks"),
@@ -131,15 +133,20 @@ def judge(
     ]
 
 
-def streaks(before: Mapping[str, int], verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """Failures in a row by metric: a pass ends them, an inconclusive look neither ends nor lengthens them."""
-    after = dict(before)
+def streaks(
+    before: Mapping[str, int], counted: Mapping[str, int], verdicts: Sequence[Verdict]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Failures in a row by metric, and over how many of the canary's samples each was `counted` last. A pass ends
+    a row, an inconclusive look neither ends nor lengthens it; nor does one that has seen no more of the canary,
+    however often it is taken."""
+    after, counted = dict(before), dict(counted)
     for verdict in verdicts:
-        if verdict.outcome == "fail":
+        if verdict.outcome == "fail" and counted.get(verdict.metric) != verdict.canary_samples:
             after[verdict.metric] = after.get(verdict.metric, 0) + 1
+            counted[verdict.metric] = verdict.canary_samples
         elif verdict.outcome == "pass":
             after[verdict.metric] = 0
-    return after
+    return after, counted
 
 
 def breached(guards: Mapping[MetricName, Guard], streaks: Mapping[str, int]) -> list[MetricName]:

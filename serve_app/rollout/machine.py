@@ -67,9 +67,9 @@ class State:
     again: bool = False
     # Guards have no say: an operator was asked to decide after they failed.
     unguarded: bool = False
-    # Failures in a row by metric, and of the window, how many samples they were last counted over.
+    # Failures in a row by metric, and how many of the canary's samples in the window each was last counted over.
     streaks: dict[str, int] = field(default_factory=dict)
-    judged: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -88,14 +88,13 @@ _FIELDS = tuple(f.name for f in fields(State))
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`not_ready`: variants of the canary without a running replica. `verdicts`: the last ones of the window, over
-    `seen` samples; a failure counts once for the same number, however often and by whomever they are given.
-    `gone`: pipelines of the rollout that no gateway has any more."""
+    """`not_ready`: variants of the canary without a running replica. `verdicts`: the last ones of the window; a
+    failure counts once for the same samples, however often and by whomever they are given. `gone`: pipelines of
+    the rollout that no gateway has any more."""
 
     now: float
     not_ready: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()
-    seen: int = 0
     gone: Sequence[str] = ()
 
 
@@ -126,8 +125,8 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
             waiting = ", ".join(facts.not_ready)
             return Change(_end(state, "rolled_back", now), f"no replica of {waiting} within {WARMING_LIMIT_S:g} s")
         return None
-    in_a_row = streaks(state.streaks, facts.verdicts) if facts.seen != state.judged else state.streaks
-    counted = replace(state, streaks=in_a_row, judged=facts.seen) if in_a_row != state.streaks else state
+    in_a_row, last = streaks(state.streaks, state.counted, facts.verdicts)
+    counted = replace(state, streaks=in_a_row, counted=last)
     failed = [] if state.unguarded else breached(document.guards, counted.streaks)
     if failed:
         reason = "; ".join(v.text for v in facts.verdicts if v.metric in failed and v.outcome == "fail")
@@ -187,7 +186,7 @@ def command(document: RolloutDocument, state: State, action: Action, now: float)
     change = _enter(document, state, state.step + (0 if state.again else 1), now, "resumed by an operator")
     if state.unguarded:
         # The operator has seen what failed; from here on it counts anew.
-        anew = replace(change.state, unguarded=False, streaks={}, judged=0, window_from=now, clicks_from=now)
+        anew = replace(change.state, unguarded=False, streaks={}, counted={}, window_from=now, clicks_from=now)
         return replace(change, state=anew)
     return change
 
@@ -212,7 +211,7 @@ def _enter(document: RolloutDocument, state: State, index: int, now: float, reas
     entered = replace(state, status="step", step=index, since=now, until=None, again=False)
     if step.set_weight is not None:
         if step.set_weight != state.weight:
-            entered = replace(entered, weight=step.set_weight, window_from=now, streaks={}, judged=0)
+            entered = replace(entered, weight=step.set_weight, window_from=now, streaks={}, counted={})
     elif step.pause is not None:
         duration_s = step.pause.duration_s
         entered = replace(entered, status="paused", until=None if duration_s is None else now + duration_s)

@@ -28,11 +28,13 @@ class News:
 @dataclass(frozen=True, slots=True)
 class Splits:
     """What is in force, by route, oldest first. Whole: a gateway replaces all it had. `said_at` is the
-    controller's time, by which gateways count; `stored` says whether it has kept what they sent."""
+    controller's time, by which gateways count; `stored` says whether it has kept what they sent. `old`: the store
+    is away, and this is what was in force when it was read last."""
 
     by_route: dict[str, tuple[Split, ...]] = field(default_factory=dict)
     said_at: float | None = None
     stored: bool = True
+    old: bool = False
 
 
 @dataclass(frozen=True, slots=True)

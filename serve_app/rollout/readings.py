@@ -37,7 +37,8 @@ def read(metric: str, canary: Figures, stable: Figures) -> Reading:
         case "error_rate":
             return _rate("calls failed", canary.errors, canary.asked, stable.errors, stable.asked)
         case "degraded_rate":
-            return _rate("calls were degraded", canary.degraded, canary.asked, stable.degraded, stable.asked)
+            what = "calls were degraded or late"
+            return _rate(what, canary.not_whole, canary.asked, stable.not_whole, stable.asked)
         case "latency_p50_ratio":
             return _latency(0.5, canary, stable)
         case "latency_p95_ratio":

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from serve_app.rollout.store import StoreUnavailable
 
@@ -17,7 +18,8 @@ _WAIT_FOR_THREADS_S = 4.0
 
 class SqliteFile:
     """`path` is on a local disk: SQLite's log needs shared memory, which network file systems lack. It is opened
-    at first use, and again after a failure."""
+    at first use, where a new file may be made, and again after a failure, where none may: an empty one in the
+    place of one that is gone would tell everybody that nothing was ever stored."""
 
     def __init__(self, path: str, url: str, schema: str, version: int) -> None:
         self.path = Path(path)
@@ -70,11 +72,21 @@ class SqliteFile:
         if self._db:
             if _identity(self.path) == self._inode:
                 return self._db
-            # SQLite would go on writing to a file that nobody finds any more.
+            # SQLite would go on writing to a file that nobody finds any more. What it has in its log goes there,
+            # and to no other file that takes the place.
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._drop()
-            raise FileNotFoundError("the file was moved, removed or replaced while in use")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+            if _identity(self.path):
+                raise FileNotFoundError("the file was replaced while in use")
+        if not self._inode:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        elif not _identity(self.path):
+            todo = "put it back, or restart the rollouts application to start empty"
+            raise StoreUnavailable(self.url, "is away: the file is gone", todo)
+        # With an authority, an empty one, a path may begin with two slashes.
+        uri = f"file://{quote(str(self.path.absolute()))}?mode={'rw' if self._inode else 'rwc'}"
+        db = sqlite3.connect(uri, uri=True, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(db)
         except BaseException:
@@ -90,6 +102,8 @@ class SqliteFile:
             self._db = None
 
     def _prepare(self, db: sqlite3.Connection) -> None:
+        if self._inode and _version(db) == 0:
+            raise OSError("what is there now is no rollout store; put the file back")
         deadline = time.monotonic() + WAIT_S
         while True:
             try:
@@ -129,7 +143,11 @@ PROBLEMS = {
     "BUSY": (f"was locked by another process for {WAIT_S:g} s", "try again"),
     "LOCKED": ("was locked", "try again"),
     "FULL": ("has no room", "free space on its disk"),
-    "CORRUPT": ("is damaged", "stop what uses it, and restore it from a backup or move it away to start empty"),
+    "CORRUPT": (
+        "is damaged",
+        "stop what uses it, and restore it from a backup; or move it away, and restart the rollouts application "
+        "to start empty",
+    ),
     "NOTADB": ("is not a SQLite file", "name another file, or move this one away"),
     "READONLY": ("cannot be written", "let this user write the file and its folder"),
     "CANTOPEN": ("cannot be opened", "let this user write the file and its folder"),

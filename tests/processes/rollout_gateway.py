@@ -51,6 +51,8 @@ class Users:
             self.failures += 1
             raise
         self.answers += 1
+        # What was counted waits, as it does without an answer.
+        self.failures += method == "exchange" and not answer.stored
         return answer
 
     async def __aenter__(self) -> "Users":

@@ -926,12 +926,42 @@ def test_a_damaged_file_is_named_and_a_restored_one_taken_up(on_file: SqliteStor
     assert on_file.active() == [created]
 
 
-def test_a_file_taken_away_is_noticed_before_writes_vanish(on_file: SqliteStore) -> None:
+@pytest.mark.parametrize("what", ["the file", "its folder"])
+def test_a_file_taken_away_is_noticed_before_writes_vanish(on_file: SqliteStore, what: str) -> None:
+    created = on_file.create(rollout(), START)
+    path = on_file._file.path
+    taken = path if what == "the file" else path.parent
+    taken.rename(taken.with_name("away"))
+    gone = r"is away: the file is gone; put it back, or restart the rollouts application to start empty$"
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match=gone):
+            on_file.add_command(Command("r1", "c1", "abort"))
+        assert not taken.exists()
+    taken.with_name("away").rename(taken)
+    assert on_file.active() == [created]
+
+
+def test_another_file_in_its_place_is_taken_where_it_is_a_store(
+    on_file: SqliteStore, opened: Opener, tmp_path: Path
+) -> None:
     on_file.create(rollout(), START)
-    on_file._file.path.unlink()
-    with pytest.raises(StoreUnavailable, match="moved, removed or replaced"):
-        on_file.add_command(Command("r1", "c1", "abort"))
-    assert on_file.active() == []
+    backup = opened(f"sqlite://{tmp_path}/back up?.db")
+    kept = backup.create(rollout("r2"), START)
+    backup.close()
+    path = on_file._file.path
+    (tmp_path / "back up?.db").replace(path)
+    with pytest.raises(StoreUnavailable, match="the file was replaced while in use"):
+        on_file.active()
+    assert on_file.active() == [kept]
+    path.unlink()
+    path.touch()
+    for problem in (
+        "the file was replaced while in use",
+        "what is there now is no rollout store; put the file back",
+    ):
+        with pytest.raises(StoreUnavailable, match=problem):
+            on_file.active()
+    assert path.stat().st_size == 0
 
 
 def test_a_file_that_cannot_be_is_said(opened: Opener, tmp_path: Path) -> None:

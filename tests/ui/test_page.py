@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import random
 import re
 import time
 
@@ -312,7 +313,7 @@ def rollout(fleet):
             {"pause": {}},
             {"set_weight": 100},
         ],
-        "guards": {"error_rate": {"min_samples": 5}, "rbo": {"min_samples": 5, "threshold": 0.5}},
+        "guards": {"error_rate": {"min_samples": 5}, "rbo": {"min_samples": 10, "threshold": 0.5}},
     }
     with httpx.Client(base_url=fleet.url, headers=headers, timeout=30) as client:
         identity = client.post("/v1/rollouts", json=document).json()["id"]
@@ -342,14 +343,14 @@ def test_a_rollout_is_watched_step_by_step_and_promoted(open_page, picture, flee
     expect(shown).to_contain_text("inconclusive")
     # The page is only looked at from here on, until the guards have passed.
     for i in range(400):
-        fleet.search(f"{ENGLISH} {i % 7}", f"user-{i}")
+        fleet.search(f"{ENGLISH} {i % 50}", f"user-{i}")
         if i % 20 == 19 and "step 4 of 5 (pause) at 50 %" in shown.inner_text():
             break
     expect(shown).to_contain_text("step 4 of 5 (pause) at 50 %")
     expect(shown.locator(".history li").first).to_contain_text("paused")
     # Guards that have just begun anew would make a dull picture.
     while WANTS_PICTURES and shown.locator(".guards .state.good").count() < 2:
-        fleet.search(ENGLISH, f"user-{time.monotonic_ns()}")
+        fleet.search(f"{ENGLISH} {random.randrange(50)}", f"user-{time.monotonic_ns()}")
     picture(page, "rollouts", full=True)
     page.locator("#rollout-pause").click()
     expect(page.locator("#rollouts-status")).to_contain_text("allowed: resume, promote, abort")

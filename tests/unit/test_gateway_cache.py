@@ -564,6 +564,75 @@ def test_who_waits_computes_by_itself_when_the_other_call_comes_to_nothing(end):
     asyncio.run(check())
 
 
+class OneByOne:
+    """Holds each call until it is let go by its number."""
+
+    def __init__(self, fleet: Replicas) -> None:
+        self.fleet = fleet
+        self.arrived = [asyncio.Event() for _ in range(3)]
+        self.go = [asyncio.Event() for _ in range(3)]
+
+    async def __call__(self, request: ScoreRequest) -> None:
+        number = len(self.fleet.calls) - 1
+        self.arrived[number].set()
+        await self.go[number].wait()
+
+
+def test_a_call_that_hangs_holds_its_pairs_for_nobody():
+    async def check():
+        fleet = Replicas()
+        fleet.before = calls = OneByOne(fleet)
+        scoring = cached(fleet)
+        hangs = asyncio.create_task(ask(scoring, ["a", "b"], timeout_s=60))
+        await calls.arrived[0].wait()
+        calls.go[1].set()
+        results = await asyncio.gather(*(ask(scoring, ["b", "a"], timeout_s=0.8) for _ in range(5)))
+        assert all(result.scores == expected(["b", "a"]) for result in results)
+        assert fleet.computed == {"a": 2, "b": 2}, "by one of them for all"
+        assert (await ask(scoring, ["a"])).cache_hits == 1
+        calls.go[0].set()
+        await hangs
+        assert not scoring._flights
+
+    asyncio.run(check())
+
+
+def test_a_call_that_is_slow_may_still_be_first():
+    async def check():
+        fleet = Replicas()
+        fleet.before = calls = OneByOne(fleet)
+        scoring = cached(fleet)
+        slow = asyncio.create_task(ask(scoring, ["a", "b"]))
+        await calls.arrived[0].wait()
+        impatient = asyncio.create_task(ask(scoring, ["b", "a"], timeout_s=0.8))
+        await calls.arrived[1].wait()
+        calls.go[0].set()
+        result = await impatient
+        assert (result.scores, result.cache_hits) == (expected(["b", "a"]), 2)
+        await slow
+        assert not scoring._flights
+
+    asyncio.run(check())
+
+
+def test_a_slow_call_that_fails_stops_nobody_who_computes_for_himself():
+    async def check():
+        fleet = Replicas()
+        fleet.before = calls = OneByOne(fleet)
+        scoring = cached(fleet)
+        slow = asyncio.create_task(ask(scoring, ["a"]))
+        await calls.arrived[0].wait()
+        impatient = asyncio.create_task(ask(scoring, ["a"], timeout_s=0.8))
+        await calls.arrived[1].wait()
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        calls.go[1].set()
+        assert (await impatient).scores == expected(["a"])
+        assert fleet.computed == {"a": 2}
+
+    asyncio.run(check())
+
+
 def test_who_waits_keeps_to_its_own_deadline():
     async def check():
         fleet = Replicas()

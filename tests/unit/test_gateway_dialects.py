@@ -171,4 +171,6 @@ def test_an_answer_without_meta_says_in_a_header_what_it_went_without():
 
     degraded = Gateway(FleetDouble(scores)).post("/rerank", {"query": "q", "texts": ["a", "b"]})
     assert (degraded.status_code, degraded.headers["X-Degraded"]) == (200, "small timeout")
+    skipped = Gateway().post("/rerank", {"query": "降噪耳机", "texts": RERANK["documents"], "model": "cascade"})
+    assert (skipped.status_code, skipped.headers["X-Degraded"]) == (200, "small skipped")
     assert "X-Degraded" not in Gateway().post("/v1/rerank", RERANK).headers

@@ -107,6 +107,18 @@ def test_a_document_may_lack_a_field_that_another_has():
     assert fleet.asked[0][1].documents == ["body: c"]
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+def test_a_name_in_rank_fields_that_no_document_has_is_warned_of(path):
+    fleet = FleetDouble(lambda variant, request: [0.5] * len(request.documents))
+    documents = ["a", {"title": "b", "body": "c"}, {"title": "d"}]
+    body = {"query": "q", "documents": documents, "model": "small"}
+    answer = Gateway(fleet).post(path, {**body, "rank_fields": ["title", "bdoy"]}).json()
+    assert answer["meta"]["warnings"] == ["rank_fields: no document has 'bdoy'"]
+    assert fleet.asked[0][1].documents == ["a", "title: b", "title: d"]
+    answer = Gateway(fleet).post(path, {**body, "rank_fields": ["title", "body"]}).json()
+    assert "warnings" not in answer["meta"]
+
+
 def test_a_text_is_looked_at_where_it_is_read():
     fleet = FleetDouble(lambda variant, request: [0.5] * len(request.documents))
     body = {"query": "q", "documents": [{"title": "a", "text": 5}], "model": "small", "return_documents": True}
@@ -241,8 +253,34 @@ def test_errors_of_a_score_call_name_what_was_sent(gateway, left, right):
     assert refused("q", ["a", " "]) == (f"{right}[1]", f"{right}[1] is blank")
     assert refused("q", [" "]) == (right, f"{right} holds nothing but blank texts")
     assert refused(" ", ["a"]) == (left, f"{left} is empty")
-    assert refused("q", ["a", 7]) == (f"{right}[1]", f"{right}[1]: Input should be a valid string")
+    assert refused("q", ["a", 7]) == (f"{right}[1]", f"{right}[1]: Input should be a valid string (got 7)")
     assert refused(["p", "q"], ["a", "b", "c"])[1].startswith(f"{left} has 2 texts and {right} has 3;")
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/score"])
+def test_a_score_call_refuses_what_its_model_cannot_read(path):
+    gateway = Gateway()
+    body = {"queries": ["cats", "降噪耳机"], "documents": DOCUMENTS[:2]}
+    refused = gateway.post(path, body)
+    message = "the query has '降', and variants.small.scripts is [Latin]"
+    assert (refused.status_code, refused.json()["message"]) == (400, message)
+    assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("invalid_request", "queries")
+    assert not gateway.fleet.asked
+    # The one that gives the scores.
+    assert gateway.post(path, {**body, "model": "cascade"}).status_code == 200
+    assert gateway.post(path, {**body, "model": "small"}).status_code == 200
+
+
+def test_stable_scores_what_a_canary_cannot_read():
+    variants = {"old": "large", "new": "small"}
+    pipelines = {name: {"recall_k": 10, "stages": [{"variant": variant}]} for name, variant in variants.items()}
+    gateway = Gateway(
+        settings={**SETTINGS, "pipelines": pipelines, "routes": {"default": {"weights": {"old": 1}}}}
+    )
+    gateway.service.rollouts._splits = Splits({"default": (Split("r1", "default", "old", "new", 100),)})
+    answer = gateway.post("/v1/score", {"text_1": "降噪耳机", "text_2": DOCUMENTS[:2]})
+    assert (answer.status_code, answer.json()["meta"]["why"]) == (200, "fallback")
+    assert [variant for variant, _ in gateway.fleet.asked] == ["large"]
 
 
 def test_cohere_v2_refuses_object_documents(gateway):
@@ -429,6 +467,77 @@ def test_a_limit_is_named_with_what_was_seen(gateway):
     assert message == "documents has 21 documents; limits.max_documents is 20"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "what"),
+    [
+        ("/v1/search", {"top_n": 0}, "top_n: Input should be greater than or equal to 1 (got 0)"),
+        ("/v1/search", {"rerank": None}, "rerank: Input should be a valid boolean (got null)"),
+        ("/v1/search", {"recall_k": "9" * 70 + "x" * 70}, f"(got '{'9' * 70}xxxxxx...)"),
+        ("/v1/rerank", {"truncation_side": "left"}, "truncation_side: Input should be 'right' (got 'left')"),
+        (
+            "/v1/rerank",
+            {"documents": ["a", {"text": ["b"]}]},
+            "documents[1].text: Input should be a valid string (g",
+        ),
+        ("/v1/rerank", {"chat_template_kwargs": 5}, "chat_template_kwargs: Input should be an object (got 5)"),
+        ("/v1/rerank", {"query": ["q"]}, "query: Input should be a valid string (got a list)"),
+        ("/v2/rerank", {"documents": ["a", {"a": 1}]}, "Input should be a valid string (got an object)"),
+    ],
+)
+def test_an_error_names_the_field_what_was_seen_and_what_is_allowed(gateway, path, fields, what):
+    rest = {} if path == "/v1/search" else {"documents": ["a"]}
+    refused = gateway.post(path, {"query": "q", **rest, **fields})
+    assert refused.status_code == 400
+    assert what in refused.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/rerank", {"texts": "private words"}),
+        ("/v1/rerank", {"documents": ["a"], "instruction": "private words " * 500}),
+        ("/v1/rerank", {"documents": ["a"], "chat_template_kwargs": "private words"}),
+        ("/v1/rerank", {"documents": [["private words"]]}),
+        ("/v1/score", {"text_1": {"a": "private words"}, "text_2": "b"}),
+        ("/v1/search", {"api_key": "private words"}),
+        ("/v1/search", {"user": "private words " * 500}),
+    ],
+)
+def test_an_error_shows_no_text(gateway, path, fields):
+    refused = gateway.post(path, {"query": "q", **fields})
+    assert refused.status_code == 400
+    assert "private" not in refused.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "what"),
+    [
+        ("/v1/search", [1], "a list"),
+        ("/rerank", "q", "a string"),
+        ("/v2/rerank", 5, "5"),
+        ("/v1/score", None, "null"),
+        ("/v1/events", [], "a list"),
+    ],
+)
+def test_a_body_is_an_object(gateway, path, body, what):
+    refused = gateway.post(path, body)
+    assert refused.status_code == 400
+    assert refused.json()["message"] == f"the body is {what}; allowed: a JSON object"
+
+
+def test_unknown_fields_are_named_with_those_that_there_are(gateway):
+    known = "known: explain, instruction, model, query, recall_k, rerank, route, timeout_ms, top_n, user"
+    refused = gateway.post("/v1/search", {"query": "q", "recal_k": 3}).json()
+    assert refused["message"] == f"recal_k is unknown; did you mean 'recall_k'? {known}"
+    many = gateway.post("/v1/search", {"query": 5, **{"x" * 100 + str(i): 0 for i in range(100)}}).json()
+    name = "x" * 80
+    assert many["message"] == f"{name}, {name}, {name} and 97 more are unknown; {known}"
+    assert many["error"]["param"] == name
+    assert gateway.post("/v1/events", {"event": []}).json()["message"] == (
+        "event is unknown; did you mean 'events'? known: events"
+    )
+
+
 def test_unknown_paths_and_methods_get_the_error_body(gateway):
     for method, path, status, code in (
         ("GET", "/nope", 404, "not_found"),
@@ -445,7 +554,7 @@ def test_compressed_bodies_are_refused(gateway):
 
 
 def test_a_body_that_trickles_in_gives_its_place_up(monkeypatch):
-    monkeypatch.setattr("serve_app.gateway.app._BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serve_app.gateway.body._TIMEOUT_S", 0.05)
     gateway = Gateway()
 
     async def body():

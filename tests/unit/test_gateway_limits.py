@@ -60,6 +60,7 @@ REFUSED = [
     ("/v1/score", {"text_1": "q", "text_2": ["a", " "]}, 400),
     ("/v1/score", {"text_1": " ", "text_2": "a"}, 400),
     ("/v1/score", {"text_1": "q", "text_2": "a", "model": "bm25"}, 400),
+    ("/v1/score", {"text_1": "猫", "text_2": "a"}, 400),
 ]
 SETTINGS_HERE = {**SETTINGS, "limits": LIMITS, "routes": {"default": {"weights": {"one": 1}, "timeout_ms": 2000}}}
 

@@ -3,6 +3,7 @@ force whatever becomes of the controller."""
 
 import asyncio
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,8 +21,9 @@ from serve_app.config import GatewaySettings
 from serve_app.gateway import fleet
 from serve_app.gateway import rollouts as module
 from serve_app.gateway.app import create_app
+from serve_app.gateway.canary import _outlasts
 from serve_app.gateway.deadline import Deadline
-from serve_app.gateway.pipeline import StageFailure
+from serve_app.gateway.pipeline import Ranking, StageFailure, StageReport
 from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.service import Service
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
@@ -120,8 +122,8 @@ class Gateway:
         body = {"model": "default", "query": "cats", "documents": DOCUMENTS, **more}
         return await self.client.post("/v1/rerank", json=body)
 
-    async def search(self) -> httpx.Response:
-        return await self.client.post("/v1/search", json={"query": "cats", "route": "default"})
+    async def search(self, query: str = "cats") -> httpx.Response:
+        return await self.client.post("/v1/search", json={"query": query, "route": "default"})
 
     async def score(self) -> httpx.Response:
         body = {"model": "default", "text_1": "cats", "text_2": DOCUMENTS}
@@ -234,6 +236,33 @@ def test_calls_that_ask_no_model_say_nothing_of_it() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("path", ["search", "rerank"])
+@pytest.mark.parametrize("how", ["no-stages", "another-script"])
+def test_what_asks_no_model_by_plan_is_judged_like_any_answer(how: str, path: str) -> None:
+    settings = json.loads(json.dumps(SETTINGS))
+    if how == "no-stages":
+        del settings["pipelines"]["stable"]["stages"]
+    else:
+        settings["variants"]["old"]["scripts"] = ["Cyrillic"]
+
+    async def scenario() -> None:
+        async with Gateway(split(0)) as gateway:
+            gateway.service.configure(settings)
+            assert (await getattr(gateway, path)()).status_code == 200
+            stable = (await gateway.counted())["stable"]
+            assert (stable.calls, stable.asked, stable.answered) == (1, 1, 1)
+            assert not gateway.rollouts.wants_computed(Place(split(0), "stable"))
+            # And a canary beside it.
+            gateway.fleet.splits = Splits({"default": (split(100),)})
+            await until(lambda: gateway.rollouts.of("default") == (split(100),), "the canary's weight")
+            gateway.fleet.does["new"] = BROKEN["raises"]
+            assert (await getattr(gateway, path)()).json()["meta"]["why"] == "fallback"
+            canary = (await gateway.counted())["canary"]
+            assert (canary.asked, canary.degraded) == (1, 1)
+
+    asyncio.run(scenario())
+
+
 def test_a_stable_side_that_fails_is_forced_to_compute_no_more_often() -> None:
     async def scenario() -> None:
         async with Gateway(split(0)) as gateway:
@@ -297,6 +326,89 @@ def test_what_nobody_can_answer_counts_on_the_side_where_it_was_placed(
             assert figures[other].calls == 0
 
     asyncio.run(scenario())
+
+
+async def never(request: ScoreRequest, timeout_s: float) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("weight", "waits_for", "side", "other"),
+    [(0, "old", "stable", "canary"), (100, "new", "canary", "stable"), (100, "old", "canary", "stable")],
+    ids=["stable", "canary", "stable-in-its-place"],
+)
+def test_a_client_that_hangs_up_counts_on_the_side_where_it_was_placed(
+    weight: float, waits_for: str, side: str, other: str
+) -> None:
+    async def scenario() -> None:
+        async with Gateway(split(weight)) as gateway:
+            gateway.fleet.does = {"new": BROKEN["raises"], waits_for: never}
+            call = asyncio.create_task(gateway.search())
+            await until(lambda: gateway.fleet.at_once[waits_for], "the call")
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            figures = await gateway.counted()
+            assert (figures[side].calls, figures[side].errors) == (1, 1)
+            assert figures[other].calls == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_mirrored_call_that_is_stopped_counts_nowhere() -> None:
+    async def scenario() -> None:
+        async with Gateway(split(0, shadow=1.0)) as gateway:
+            gateway.fleet.does["new"] = never
+            assert (await gateway.search()).status_code == 200
+            await until(lambda: gateway.fleet.at_once["new"], "the mirrored call")
+            for mirrored in tuple(gateway.rollouts._mirrored):
+                mirrored.cancel()
+            await until(lambda: not gateway.rollouts._mirrored, "its end")
+            canary = (await gateway.counted())["canary"]
+            assert (canary.calls, canary.mirror.calls) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_of_stable_that_a_canary_would_not_have_had_time_for_is_late_in_the_figures_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Rollouts, "trial_deadline", lambda self, split, deadline: Deadline.after(0))
+
+    async def scenario() -> None:
+        async with Gateway(split(0, shadow=1.0)) as gateway:
+            answer = await gateway.search()
+            assert (answer.status_code, "degraded" in answer.json()["meta"]) == (200, False)
+            await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
+            figures = await gateway.counted()
+            stable = figures["stable"]
+            assert (stable.calls, stable.asked, stable.degraded, stable.late, stable.answered) == (1, 1, 0, 1, 0)
+            assert (figures["canary"].mirror.calls, figures["canary"].mirror.errors) == (1, 0)
+            # How long stable takes is known all the same.
+            assert gateway.rollouts._latencies["r1"].last
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("took_ms", "searched", "late"),
+    [
+        ((100, 440, 440), False, False),
+        # A stage gets its share of what is left: a third, a half, all.
+        ((400, 300, 300), False, True),
+        ((100, 510, 300), False, True),
+        ((100, 400, 510), False, True),
+        # Recall gets all there is, and what it leaves is shared.
+        ((700, 140, 150), True, False),
+        ((700, 160, 130), True, True),
+    ],
+)
+def test_a_stage_of_stable_is_late_where_a_canarys_would_have_been_cut_off(
+    took_ms: tuple[float, ...], searched: bool, late: bool
+) -> None:
+    reports = [StageReport(str(i), took_ms=took) for i, took in enumerate(took_ms)]
+    reports.insert(1, StageReport("skipped", took_ms=0, skipped="another script"))
+    assert _outlasts(Ranking([], [], [], [], reports), 1.0 + 1e-9, searched) is late
 
 
 def test_where_both_fail_a_rerank_call_is_degraded_and_counts_against_the_canary() -> None:
@@ -412,8 +524,8 @@ def test_a_part_of_stables_calls_is_mirrored(monkeypatch: pytest.MonkeyPatch) ->
 
     async def scenario() -> None:
         async with Gateway(split(0, shadow=0.25)) as gateway:
-            for _ in range(8):
-                meta = (await gateway.rerank()).json()["meta"]
+            for i in range(8):
+                meta = (await gateway.rerank(query=f"cat {i}")).json()["meta"]
                 assert (meta["pipeline"], meta["rollout"]["role"]) == ("stable", "stable")
                 await until(lambda: not gateway.rollouts._mirrored, "mirrored calls")
             # They go behind live ones, and open no circuit breaker.
@@ -435,7 +547,7 @@ def test_few_mirrored_calls_are_under_way_at_once_and_none_is_waited_for() -> No
     async def scenario() -> None:
         async with Gateway(split(0, shadow=1.0)) as gateway:
             gateway.fleet.does["new"] = waits
-            answers = await asyncio.gather(*(gateway.rerank() for _ in range(20)))
+            answers = await asyncio.gather(*(gateway.rerank(query=f"cat {i}") for i in range(20)))
             assert {answer.status_code for answer in answers} == {200}
             await until(lambda: gateway.fleet.at_once["new"] == 4, "mirrored calls")
             over.set()
@@ -449,6 +561,41 @@ def test_few_mirrored_calls_are_under_way_at_once_and_none_is_waited_for() -> No
             assert (mirror.calls, mirror.errors, figures["stable"].calls) == (5, 0, 21)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["search", "rerank", "score"])
+def test_a_probe_that_asks_the_same_again_and_again_is_mirrored_once(path: str) -> None:
+    async def scenario() -> None:
+        async with Gateway(split(0, shadow=1.0)) as gateway:
+            for _ in range(5):
+                assert (await getattr(gateway, path)()).status_code == 200
+                await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
+            # Of other documents it is another question.
+            await gateway.rerank(documents=DOCUMENTS[:3])
+            await until(lambda: not gateway.rollouts._mirrored, "the mirrored call")
+            figures = await gateway.counted()
+            assert (figures["stable"].calls, figures["canary"].mirror.calls) == (6, 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_question_is_mirrored_once_at_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KNOWN_QUESTIONS", 2)
+    rollouts = Rollouts(FleetDouble().ask)
+    at_0, at_25, other = split(0, 1.0), split(25, 1.0), split(0, 1.0, "r2")
+
+    def wanted(*questions: str, at: Split = at_0) -> list[bool]:
+        return [rollouts.wants_mirror(at, question) for question in questions]
+
+    assert wanted("probe", "probe", "cats", "probe") == [True, False, True, False]
+    assert wanted("probe", at=other) == [True]
+    # Dropped by a canary that was busy.
+    rollouts.was_not_mirrored(at_0, "probe")
+    assert wanted("probe", "probe") == [True, False]
+    # The oldest is forgotten first.
+    assert wanted("dogs", "probe", "cats") == [True, False, True]
+    # Guards begin anew with the weight.
+    assert wanted("dogs", "dogs", at=at_25) == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -763,6 +910,45 @@ def test_weights_stay_in_force_while_the_application_is_away() -> None:
         await stop(rollouts)
 
     asyncio.run(scenario())
+
+
+def test_weights_of_before_the_store_went_away_are_for_gateways_that_have_none() -> None:
+    async def scenario() -> None:
+        application = Application(split(25))
+        rollouts = await followed(application)
+        # From another controller, which has not heard of the last weights.
+        application.splits = Splits({"default": (split(5),)}, old=True)
+        await exchanged(application)
+        assert rollouts.of("default") == (split(25),)
+        new = await followed(application)
+        await until(lambda: new.of("default") == (split(5),), "what was known last")
+        application.splits = Splits({"default": (split(50),)})
+        for gateway in (rollouts, new):
+            await until(lambda gateway=gateway: gateway.of("default") == (split(50),), "the new weights")
+            await stop(gateway)
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_never_heard_what_is_in_force_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        application = Application(split(25))
+        application.fails = True
+        rollouts = Rollouts(application.ask)
+        rollouts.configure(GatewaySettings.model_validate(SETTINGS))
+        await exchanged(application, 3)
+        application.fails = False
+        await until(lambda: rollouts.of("default"), "the weights")
+        application.fails = True
+        await exchanged(application, 3)
+        await stop(rollouts)
+
+    with caplog.at_level(logging.WARNING, logger="ray.serve"):
+        asyncio.run(scenario())
+    assert [record.getMessage() for record in caplog.records] == [
+        "no news yet from the rollout application: rollouts and promotions are not in force here: is gone",
+        "no news from the rollout application, the last splits stay: is gone",
+    ]
 
 
 @pytest.mark.parametrize("ahead_s", [-600.0, 600.0])

@@ -1,12 +1,15 @@
 """The rollout document: little is enough, all of it survives JSON, and what is wrong is said with its place."""
 
 import json
+from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from serve_app.rollout.document import RolloutDocument, parse
 from serve_app.rollout.guards import METRICS
 
+ROOT = Path(__file__).parents[2]
 LEAST = {"route": "default", "stable": "small", "canary": "large"}
 
 
@@ -79,6 +82,21 @@ def test_a_document_survives_json_with_its_defaults_filled_in(exclude_none):
     assert document.model_copy() == document
 
 
+def test_what_an_older_version_accepted_can_still_be_read():
+    document = parse(json.dumps({**LEAST, "shadow": 0.1, "guards": {"rbo": {}}})).model_dump(mode="json")
+    document["guards"]["rbo"]["min_samples"] = 5
+    assert RolloutDocument.stored(document).guards["rbo"].min_samples == 5
+    with pytest.raises(ValidationError, match="10 and more"):
+        RolloutDocument.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "rollouts").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_the_examples_are_valid(path):
+    assert parse(path.read_text()).route == "default"
+
+
 def test_the_end_of_the_steps_is_success_whatever_the_last_weight():
     assert kinds(parse(json.dumps({**LEAST, "steps": [{"set_weight": 10}, {"analysis": {}}]}))) == [10, "analysis"]
 
@@ -116,6 +134,11 @@ def test_the_end_of_the_steps_is_success_whatever_the_last_weight():
         ({"guards": {"latency_p50_ratio": {"threshold": 0.5}}}, "allowed: 1 to 100"),
         ({"guards": {"error_rate": {"alpha": 0.05}}}, "error_rate.alpha is 0.05"),
         ({"guards": {"error_rate": {"min_samples": 0}}}, "rollout.guards.error_rate.min_samples"),
+        (
+            {"shadow": 0.1, "guards": {"rbo": {"min_samples": 9}}},
+            "rbo.min_samples is 9; allowed: 10 and more, because noise can't be told from fewer",
+        ),
+        ({"shadow": 0.1, "guards": {"kendall_tau": {"min_samples": 2}}}, "kendall_tau.min_samples is 2"),
         ({"guards": {"error_rate": 0.02}}, "rollout.guards.error_rate"),
         ({"on_failure": "explode"}, "rollout.on_failure"),
         ({"cannary": "x"}, "rollout.cannary"),

@@ -12,15 +12,15 @@ from serve_app.rollout.counters import Counters
 from serve_app.rollout.figures import RELATIVE_ERROR, SCORE_BINS, Clicks, Figures
 
 latencies = st.floats(0.02, 1e6)
-calls = st.tuples(latencies, st.booleans(), st.booleans(), st.lists(st.floats(-1, 2), max_size=12))
+calls = st.tuples(latencies, st.booleans(), st.booleans(), st.booleans(), st.lists(st.floats(-1, 2), max_size=12))
 agreements = st.none() | st.builds(Agreement, st.booleans(), st.floats(0, 1), st.none() | st.floats(-1, 1))
 
 
 @st.composite
 def figures(draw):
     made = Figures()
-    for latency_ms, error, degraded, scores in draw(st.lists(calls, max_size=6)):
-        made.add(latency_ms, error=error, degraded=degraded, scores=scores)
+    for latency_ms, error, degraded, late, scores in draw(st.lists(calls, max_size=6)):
+        made.add(latency_ms, error=error, degraded=degraded, late=late, scores=scores)
     for agreement in draw(st.lists(agreements, max_size=4)):
         made.add_mirrored(agreement)
     return made

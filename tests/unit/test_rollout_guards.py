@@ -128,6 +128,19 @@ def test_degraded_answers_are_compared_like_errors():
     assert verdict("degraded_rate", figures(50), STABLE).outcome == "pass"
 
 
+def test_what_is_late_on_stable_counts_as_what_a_canary_was_too_slow_for():
+    stable = Figures()
+    for i in range(600):
+        stable.add(None if i % 6 == 0 else 50.0, late=i % 6 == 0)
+    found = verdict("degraded_rate", figures(200, degraded=34), stable)
+    assert (found.outcome, found.stable) == ("pass", pytest.approx(1 / 6))
+    # Mirrored calls have more time, so that none has to be late.
+    canary = Figures()
+    for i in range(200):
+        canary.add_mirrored(None if i < 34 else compare("abc", "abc"), degraded=True)
+    assert verdict("degraded_rate", canary, stable).outcome == "fail"
+
+
 def noisy(seed, n, median_ms, sigma=0.5):
     return (median_ms * np.exp(sigma * np.random.default_rng(seed).standard_normal(n))).tolist()
 
@@ -210,12 +223,11 @@ def test_click_metrics_fail_once_their_test_fires(metric):
 
 def test_failures_count_in_a_row():
     guards = {"error_rate": default_guard("error_rate")}
-    fail, fine = figures(50, errors=50), figures(50)
-    few = figures(5, errors=5)
     counts: dict[str, int] = {}
+    counted: dict[str, int] = {}
     seen = []
-    for canary in (fail, fine, fail, few, fail):
-        counts = streaks(counts, judge(guards, canary, STABLE))
+    for calls, errors in ((50, 50), (51, 0), (52, 52), (5, 5), (53, 53)):
+        counts, counted = streaks(counts, counted, judge(guards, figures(calls, errors), STABLE))
         seen.append((counts["error_rate"], breached(guards, counts)))
     assert seen == [(1, []), (0, []), (1, []), (1, []), (2, ["error_rate"])]
 

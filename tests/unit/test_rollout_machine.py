@@ -38,9 +38,20 @@ def document(steps: list[dict[str, Any]] | None = None, **changes: Any) -> Rollo
     return RolloutDocument.model_validate({**named, "guards": {"error_rate": {"failure_limit": 1}}, **changes})
 
 
-def verdict(outcome: str, metric: str = "error_rate") -> Verdict:
+def verdict(outcome: str, metric: str = "error_rate", samples: int = 50, stable_samples: int = 50) -> Verdict:
     text = f"{metric} {outcome}"
-    return Verdict(metric, outcome, 0.1, 0.02, 0.1, 0.0, 50, 50, 20, text)  # type: ignore[arg-type]
+    return Verdict(
+        metric,  # type: ignore[arg-type]
+        outcome,  # type: ignore[arg-type]
+        0.1,
+        0.02,
+        0.1,
+        0.0,
+        samples,
+        stable_samples,
+        20,
+        text,
+    )
 
 
 class Run:
@@ -53,7 +64,7 @@ class Run:
     def look(self, *outcomes: str, after_s: float = 1, not_ready: tuple[str, ...] = (), new: bool = True) -> State:
         self.now += after_s
         self.seen += new
-        facts = Facts(self.now, not_ready, [verdict(outcome) for outcome in outcomes], self.seen)
+        facts = Facts(self.now, not_ready, [verdict(outcome, samples=self.seen) for outcome in outcomes])
         change = advance(self.document, self.state, facts)
         if change is not None:
             # What is stored is what goes on.
@@ -115,8 +126,7 @@ def test_without_users_a_canary_is_shadowing():
     run = Run(plan)
     run.look()
     assert at(run.look()) == ("shadowing", 0, 0)
-    run.seen += 1
-    change = advance(plan, run.state, Facts(run.now + 1, (), [verdict("pass", "rbo")], run.seen))
+    change = advance(plan, run.state, Facts(run.now + 1, (), [verdict("pass", "rbo")]))
     assert change is not None
     assert at(change.state) == ("step", 1, 5)
 
@@ -131,7 +141,7 @@ def test_metrics_that_mirrored_calls_cannot_serve_hold_nobody_up_while_shadowing
     run.look()
     run.look()
     verdicts = [verdict("pass", "rbo"), verdict("inconclusive", "latency_p50_ratio")]
-    change = advance(plan, run.state, Facts(run.now + 1, (), verdicts, 99))
+    change = advance(plan, run.state, Facts(run.now + 1, (), verdicts))
     assert change is not None
     assert at(change.state) == ("step", 1, 5)
 
@@ -174,12 +184,25 @@ def test_the_same_calls_fail_once_whoever_looks_and_however_often():
     assert run.look("fail").status == "rolled_back"
 
 
+def test_the_same_mirrored_calls_fail_once_however_many_calls_stable_answers_meanwhile():
+    plan = document(shadow=0.5, guards={"rbo": {}, "error_rate": {}})
+    state = Run(document()).to_step(4).state
+    for stable_samples in (100, 101, 102):
+        verdicts = [verdict("fail", "rbo", 30, 30), verdict("fail", samples=40, stable_samples=stable_samples)]
+        change = advance(plan, state, Facts(5000.0, verdicts=verdicts))
+        state = change.state if change else state
+        assert (state.status, state.streaks) == ("paused", {"rbo": 1, "error_rate": 1})
+    change = advance(plan, state, Facts(5000.0, verdicts=[verdict("fail", "rbo", 31, 31)]))
+    assert change is not None
+    assert change.state.status == "rolled_back"
+
+
 def test_a_look_that_only_counts_has_no_reason_and_one_that_finds_nothing_new_changes_nothing():
     run = Run(document()).to_step(4)
-    counted = advance(run.document, run.state, Facts(run.now + 1, (), [verdict("fail")], 99))
+    counted = advance(run.document, run.state, Facts(run.now + 1, (), [verdict("fail")]))
     assert counted is not None
     assert counted.reason == ""
-    assert advance(run.document, run.state, Facts(run.now + 1, (), [verdict("inconclusive")], 100)) is None
+    assert advance(run.document, run.state, Facts(run.now + 1, (), [verdict("inconclusive")])) is None
     assert advance(run.document, run.state, Facts(run.now + 1)) is None
 
 
@@ -189,7 +212,7 @@ def test_a_new_weight_is_judged_by_its_own_calls():
     before = run.state.window_from
     run.look(after_s=31)
     assert at(run.state) == ("step", 3, 50)
-    assert (run.state.streaks, run.state.judged, run.state.window_from) == ({}, 0, run.now)
+    assert (run.state.streaks, run.state.counted, run.state.window_from) == ({}, {}, run.now)
     assert before < run.now
 
 
@@ -320,7 +343,7 @@ def test_what_an_operator_has_seen_fail_counts_anew():
     run.look("fail")
     assert run.look("fail").unguarded
     after = run.do("resume")
-    assert (after.unguarded, after.streaks, after.judged) == (False, {}, 0)
+    assert (after.unguarded, after.streaks, after.counted) == (False, {}, {})
     assert after.window_from == after.clicks_from == run.now
 
 
@@ -341,7 +364,7 @@ def test_a_timed_pause_can_be_held():
 @pytest.mark.parametrize("step", [0, 1, 2, 4])
 def test_without_its_pipelines_nothing_is_left_to_roll_out(step):
     run = Run(document(on_failure="pause")).to_step(step)
-    facts = Facts(run.now, verdicts=[verdict("pass")], seen=99, gone=("two",))
+    facts = Facts(run.now, verdicts=[verdict("pass")], gone=("two",))
     change = advance(run.document, run.state, facts)
     assert (change.state.status, change.state.weight) == ("rolled_back", 0)
     assert change.reason == "no gateway's settings have the pipeline 'two' any more"
@@ -385,8 +408,8 @@ def test_a_state_in_words():
 
 
 def test_a_state_of_another_version_is_read():
-    stored = {**State("step", 2, 5.0).to_json(), "variants": ["small"]}
-    del stored["judged"]
+    stored = {**State("step", 2, 5.0).to_json(), "variants": ["small"], "judged": 40}
+    del stored["counted"]
     assert State.from_json(stored) == State("step", 2, 5.0)
 
 

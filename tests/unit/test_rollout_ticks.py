@@ -22,6 +22,7 @@ from serve_app.rollout.document import RolloutDocument
 from serve_app.rollout.figures import Figures
 from serve_app.rollout.machine import State
 from serve_app.rollout.messages import Deployed, News
+from serve_app.rollout.split import place
 from serve_app.rollout.store import (
     Command,
     Event,
@@ -464,7 +465,7 @@ def test_a_controller_that_was_frozen_gives_gateways_no_old_weights(
     asyncio.run(scenario())
 
 
-def test_gateways_keep_what_they_have_rather_than_hear_old_weights_without_a_store(
+def test_without_a_store_gateways_hear_what_was_in_force_when_it_was_read_last(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
@@ -476,8 +477,14 @@ def test_gateways_keep_what_they_have_rather_than_hear_old_weights_without_a_sto
         (tmp_path / "rollouts.db").rename(tmp_path / "away.db")
         later = time.monotonic() + module._SPLITS_S + 1
         monkeypatch.setattr(module.time, "monotonic", lambda: later)
+        told = await controller.exchange(news)
+        assert (told.old, [split.weight for split in told.by_route["a"]]) == (True, [25])
+        # Who has read nothing says nothing.
+        away = open_store(f"sqlite://{tmp_path}/away.db/below")
         with pytest.raises(StoreUnavailable):
-            await controller.exchange(news)
+            await Controller(away, all_ready).exchange(news)
+        (tmp_path / "away.db").rename(tmp_path / "rollouts.db")
+        assert not (await controller.exchange(news)).old
 
     asyncio.run(scenario())
 
@@ -624,6 +631,57 @@ def test_promotions_that_swap_back_and_forth_can_be_undone_the_last_one_first(st
             assert refusal == f"{promoted[upper]!r} was promoted over this rollout's canary; undo that first"
         for rollout in reversed(promoted):
             assert await act(controller, rollout, "undo") is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_weights_that_name_the_canary_end_a_promotion_and_the_one_that_took_it_back(
+    dies: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipelines = deployed(settings(ROUTES)).pipelines
+
+    async def serving(controller: Controller, weighted: str) -> str:
+        news = News("g", Deployed(pipelines, {"a": (weighted,)}))
+        await controller.exchange(news)
+        await controller.tick()
+        splits = (await controller.exchange(news)).by_route.get("a", ())
+        return place(splits, weighted, "ann")[0]
+
+    async def scenario() -> None:
+        controller = await heard(store)
+        promoted: list[str] = []
+        for stable, canary in (("stable", "canary"), ("canary", "stable")):
+            promoted.append(
+                await start(controller, stable=stable, canary=canary, steps=UP["steps"], guards=GUARDS)
+            )
+            await ticks_until(controller, lambda: status(store, promoted[-1]) == "promoted")
+        assert await serving(controller, "stable") == "stable"
+        if dies:
+            # Between the one's end and the other's.
+            commit, commits = store.commit, []
+
+            def dying(*arguments: Any) -> Rollout:
+                commits.append(arguments)
+                if len(commits) > 1:
+                    raise StoreUnavailable(store.url, "is away", "wait")
+                return commit(*arguments)
+
+            monkeypatch.setattr(store, "commit", dying)
+            with pytest.raises(StoreUnavailable):
+                await serving(controller, "canary")
+            monkeypatch.setattr(store, "commit", commit)
+            await controller.close()
+            controller = Controller(store, all_ready)
+        assert await serving(controller, "canary") == "canary"
+        assert all(store.get(rollout).state["retired"] for rollout in promoted)
+        for weighted in ("stable", "canary"):
+            assert await serving(controller, weighted) == weighted
+        reasons = [store.history(rollout)[-1].reason for rollout in promoted]
+        assert reasons == [
+            "route 'a' sends no calls to 'stable' any more",
+            f"it took {promoted[0]!r} back, from which the weights of route 'a' have taken over",
+        ]
 
     asyncio.run(scenario())
 
