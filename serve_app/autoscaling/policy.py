@@ -121,8 +121,10 @@ class DrainTime:
                     wrong[name] = f"{name} is {value!r}; allowed: {allowed}"
         return wrong
 
-    def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
+    def __call__(self, ctx: Any) -> tuple[Any, dict[str, Any]]:
         """Replicas wanted, and the state for the next look. What cannot be judged stays as it is."""
+        if isinstance(ctx, Mapping):
+            return self._of_application(ctx), {}
         kept = dict(ctx.policy_state or {})
         try:
             state = kept.setdefault(_STATE, _State())
@@ -134,6 +136,16 @@ class DrainTime:
                 logger.exception("The scaling policy failed; the number of replicas stays.")
             kept.pop(_STATE, None)
             return int(ctx.target_num_replicas), kept
+
+    def _of_application(self, contexts: Mapping[Hashable, Any]) -> dict[Hashable, int]:
+        """As a whole application's policy, Serve asks it for all deployments at once: all stay as they are."""
+        if self._complained_at < math.inf:
+            self._complained_at = math.inf
+            logger.error(
+                "autoscaling_policy is serve_app.autoscaling:DrainTime, which scales no whole application: all "
+                "stays as it is. It belongs under deployments[].autoscaling_config.policy"
+            )
+        return {deployment: int(ctx.target_num_replicas) for deployment, ctx in contexts.items()}
 
     def _wanted(self, ctx: Any, state: _State) -> int:
         now, target = float(ctx.current_time), int(ctx.target_num_replicas)

@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from tokenizers import Tokenizer
 
 from serve_app import __version__, tracing
 from serve_app.autoscaling.load import LoadMeter
@@ -38,6 +39,7 @@ from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
 from serve_app.reranker.router import PrefixRouter
 from serve_app.reranker.scores import cosines, sigmoids
 from serve_app.reranker.share import check_head_rows, find_shape, hub_config, judge
+from serve_app.reranker.tokens import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -215,15 +217,23 @@ def _load(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name
     if not gpus and args.engine.get("enforce_eager", True):
         # Before transformers, which takes torch along.
         import_vllm_without_compiler()
-    prompts = _prompts(args, model, 0)
-    return prompts, _start(args, model, gpus, cards, name)
+    tokenizer = load_tokenizer(args, model)
+    prompts = _prompts(args, tokenizer, 0)
+    return prompts, _start(args, model, tokenizer.backend_tokenizer, gpus, cards, name)
 
 
-def _start(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name: str) -> Engine:
+def _start(
+    args: RerankerArgs, model: Model, tokenizer: Tokenizer, gpus: float, cards: list[Card], name: str
+) -> Engine:
     built_for = device()
+    if built_for == "cpu" and cards:
+        # Not of `gpus` alone: Ray can be told of GPUs that aren't there.
+        raise ValueError(
+            f"num_gpus is {gpus:g}, but this vLLM is built for CPUs: make serve GPU=1, or leave num_gpus out"
+        )
     card_bytes = min((card.total_bytes for card in cards), default=None)
     settings = engine_settings(args, model, built_for, gpus, cpu_has_bf16(), card_bytes)
-    check_head_rows(args, model, settings.get("tensor_parallel_size") or 1)
+    check_head_rows(args, model, tokenizer.token_to_id, settings.get("tensor_parallel_size") or 1)
     task: Task = "embed" if args.kind == "bi-encoder" else "classify"
     if built_for == "cpu" or card_bytes is None:
         return start(settings, task)
@@ -238,17 +248,8 @@ def _software() -> str:
     return f"serve-app {__version__}, vllm {vllm.__version__}"
 
 
-def _prompts(args: RerankerArgs, model: Model, max_model_len: int) -> Builder:
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(
-        model.folder, trust_remote_code=bool(args.engine.get("trust_remote_code", False))
-    )
-    tokenizer = getattr(loaded, "backend_tokenizer", None)
-    if tokenizer is None:
-        raise ValueError(
-            f"model is {args.model!r}, whose tokenizer has no tokenizers (Rust) form; only those work here"
-        )
+def _prompts(args: RerankerArgs, loaded: Any, max_model_len: int) -> Builder:
+    tokenizer = loaded.backend_tokenizer
     if args.kind == "qwen3-reranker":
         instruction = args.instruction or DEFAULT_INSTRUCTION
         return YesNoPrompts(tokenizer, args.prompt or YesNoPrompt(), instruction, max_model_len)

@@ -24,7 +24,8 @@ _OURS = {
 
 
 def check_engine_args(engine: dict[str, Any]) -> None:
-    """Raises ValueError if `engine` names an argument that vLLM hasn't, or one that other settings decide.
+    """Raises ValueError if `engine` names an argument that vLLM hasn't, or one that other settings decide, and for
+    a `max_model_len` that is no length.
 
     Reads the names from the installed vLLM's source; where vLLM isn't installed, all names pass.
     """
@@ -35,6 +36,13 @@ def check_engine_args(engine: dict[str, Any]) -> None:
         if known and name not in known:
             hint = closest(name, [n for n in known if n not in _OURS]) or "see vLLM's engine arguments"
             raise ValueError(f"engine.{name} is no vLLM engine argument; {hint}")
+    longest = engine.get("max_model_len")
+    if longest is not None and (not isinstance(longest, int) or isinstance(longest, bool) or longest < 1):
+        # vLLM's -1, as much as the memory holds, isn't known before the start, nor the same on all replicas.
+        raise ValueError(
+            f"engine.max_model_len is {longest!r}; allowed: a whole number from 1 on; leave it out for the "
+            "model's own"
+        )
 
 
 @functools.cache
@@ -115,14 +123,15 @@ def _of_share(engine: dict[str, Any], gpus: float, card_bytes: int | None) -> di
                 "leave it out"
             )
     share = min(gpus, 1.0)
-    given = engine.get("gpu_memory_utilization")
-    if given is not None and not (isinstance(given, (int, float)) and 0 < given <= share):
-        raise ValueError(
-            f"engine.gpu_memory_utilization is {given}, but num_gpus is {gpus:g}; allowed: above 0, up to "
-            f"{share:g}. Left out, it follows from num_gpus"
-        )
     # Where the card can't be asked for its size, nothing is left for CUDA's context but the usual rest.
     part = utilisation(share, card_bytes) if card_bytes else round(share * MOST, 4)
+    given = engine.get("gpu_memory_utilization")
+    if given is not None and not (isinstance(given, (int, float)) and 0 < given <= part):
+        # With more, the replicas that share a card would wait for memory that it hasn't.
+        raise ValueError(
+            f"engine.gpu_memory_utilization is {given}, but num_gpus is {gpus:g}; allowed: above 0, up to "
+            f"{part:g}. Left out, it follows from num_gpus"
+        )
     settings: dict[str, Any] = {"tensor_parallel_size": whole, "gpu_memory_utilization": part}
     return settings | ({"distributed_executor_backend": "mp"} if whole > 1 else {})
 

@@ -25,6 +25,7 @@ _ENCODERS = ("bert", "roberta", "electra", "mpnet", "nomic", "gte", "new")
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 # Of each tensor, so that a head that was trained alone is seen among gigabytes that weren't.
 _TENSOR_SAMPLE_BYTES = 16 * 1024
+_LFS_POINTER = b"version https://git-lfs"
 # More than any model's list of tensors takes.
 _MOST_HEADER_BYTES = 100 * 2**20
 # Engine arguments about room, order and spread. All others count as part of what decides a score, also those
@@ -92,7 +93,7 @@ def resolve(args: RerankerArgs) -> Model:
         raise ValueError(
             f"model is {args.model!r}, but {folder} has no config.json; a model's own folder is needed"
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(args.model, config_file)
     digest = _checked_sha256(folder, args.sha256) if args.sha256 else None
     if commit is not None:
         # It names every file; what else lies in the snapshot's folder differs from node to node.
@@ -101,9 +102,26 @@ def resolve(args: RerankerArgs) -> Model:
         files = fingerprint(folder)
         model = Model(folder, config, (digest or files)[:16], f"{files} {digest}")
     _check_architecture(args, model)
+    if args.kind == "qwen3-reranker":
+        _refuse_pooling(args.model, folder)
     if args.kind == "bi-encoder":
         _check_dense(args.model, folder)
     return model
+
+
+def read_json(name: str, path: Path) -> Any:
+    """A file of model `name`. Raises ValueError, with the model's name and the file's, if it holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        hint = "; it is a git-lfs pointer: git lfs pull" if is_pointer(path) else ""
+        raise ValueError(f"model is {name!r}, but {path} is no JSON ({error}){hint}") from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs has left a few lines in the place of the file."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def fingerprint(folder: Path) -> str:
@@ -210,7 +228,9 @@ def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, 
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["onnx/*"]))
         more = [] if any(folder.glob("*.safetensors")) else ["*.bin"]
         # Beside weights in safetensors, the projection of a bi-encoder is often in the older format.
-        unsafe = (path for path in _dense_paths(folder) if not (folder / path / "model.safetensors").is_file())
+        unsafe = (
+            path for path in _dense_paths(name, folder) if not (folder / path / "model.safetensors").is_file()
+        )
         more += [f"{path}/pytorch_model.bin" for path in unsafe]
         if more:
             # Of the same commit, though the branch may have moved meanwhile.
@@ -246,19 +266,32 @@ def _checked_sha256(folder: Path, expected: str) -> str:
     return seen
 
 
-def _dense_paths(folder: Path) -> list[str]:
-    """Folders of the Sentence Transformers modules that project a bi-encoder's embeddings."""
+def _modules(name: str, folder: Path) -> list[dict[str, Any]]:
+    """What Sentence Transformers runs one after another; nothing for models that aren't its."""
     file = folder / "modules.json"
     if not file.is_file():
         return []
-    modules = json.loads(file.read_text(encoding="utf-8"))
+    modules: Any = read_json(name, file)
     if isinstance(modules, dict):
         modules = modules.get("modules", [])
-    return [str(module.get("path", "")) for module in modules if module.get("type") in _DENSE_TYPES]
+    return list(modules)
+
+
+def _dense_paths(name: str, folder: Path) -> list[str]:
+    """Folders of the modules that project a bi-encoder's embeddings."""
+    return [str(module.get("path", "")) for module in _modules(name, folder) if module.get("type") in _DENSE_TYPES]
+
+
+def _refuse_pooling(name: str, folder: Path) -> None:
+    """A language model that embeds has the architecture of one that answers yes or no."""
+    if any(str(module.get("type")).endswith(".Pooling") for module in _modules(name, folder)):
+        raise ValueError(
+            f"kind is qwen3-reranker, but modules.json of {name!r} pools embeddings; is it a bi-encoder?"
+        )
 
 
 def _check_dense(name: str, folder: Path) -> None:
-    for path in _dense_paths(folder):
+    for path in _dense_paths(name, folder):
         module = folder / path
         weights = [module / file for file in ("model.safetensors", "pytorch_model.bin")]
         if not (module / "config.json").is_file() or not any(file.is_file() for file in weights):

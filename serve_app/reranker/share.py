@@ -11,7 +11,7 @@ from serve_app.config import RerankerArgs, YesNoPrompt
 from serve_app.reranker import memory
 from serve_app.reranker.engine_args import engine_settings
 from serve_app.reranker.memory import Needs, Parameters, gib
-from serve_app.reranker.model import Model, resolve
+from serve_app.reranker.model import Model, read_json, resolve
 
 # Dimensions as published on the hub: hidden, inner, layers, heads.
 _PUBLISHED = {
@@ -137,19 +137,16 @@ def shown(gpus: float) -> str:
     return f"{gpus:.2f}" if gpus < 1 else f"{gpus:g}"
 
 
-def check_head_rows(args: RerankerArgs, model: Model, ranks: int) -> None:
+def check_head_rows(args: RerankerArgs, model: Model, token_id: Callable[[str], int | None], ranks: int) -> None:
     """Raises ValueError if the rows for yes and no don't lie in the first GPU's part of the vocabulary: vLLM reads
     them there by their ids in the whole (load_weights_using_from_2_way_softmax in models/adapters.py), and
     takes the scores from that GPU."""
     if ranks < 2 or args.kind != "qwen3-reranker" or not model.is_causal:
         return
-    from tokenizers import Tokenizer
-
     prompt = args.prompt or YesNoPrompt()
-    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
     rows = -(-int(model.config["vocab_size"]) // 64) * 64 // ranks
     for word in (prompt.no, prompt.yes):
-        found = tokenizer.token_to_id(word)
+        found = token_id(word)
         if found is not None and found >= rows:
             raise ValueError(
                 f"num_gpus is {ranks}, but the id of {word!r} is {found}, and the first of {ranks} GPUs, where "
@@ -251,7 +248,7 @@ def _cached(args: RerankerArgs) -> dict[str, Any] | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(args.model, "config.json", revision=args.revision)
-    return json.loads(Path(path).read_text("utf-8")) if isinstance(path, str) else None
+    return read_json(args.model, Path(path)) if isinstance(path, str) else None
 
 
 def _published(name: str) -> dict[str, Any]:

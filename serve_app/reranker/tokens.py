@@ -3,9 +3,54 @@
 import json
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from serve_app.config import RerankerArgs
+from serve_app.reranker.model import Model, is_pointer, read_json
+
+# Of any model: transformers turns to these where those of the model's own kind are missing.
+_COMMON_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json")
+
+
+def load_tokenizer(args: RerankerArgs, model: Model) -> Any:
+    """The model's tokenizer as transformers has it, with a Rust form as `backend_tokenizer`.
+
+    Raises ValueError for a folder without its files, with damaged ones, or with one that has no Rust form. Without
+    files transformers makes up a tokenizer of five tokens, to which every word is unknown.
+    """
+    from transformers import AutoTokenizer
+
+    trusted = bool(args.engine.get("trust_remote_code", False))
+    try:
+        loaded = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trusted)
+    except Exception as error:
+        for path in sorted(model.folder.glob("*.*")):
+            if path.suffix == ".json":
+                read_json(args.model, path)
+            elif path.suffix in (".txt", ".model"):
+                _refuse_pointer(args.model, path)
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"model is {args.model!r}, but the tokenizer in {model.folder} can't be read: "
+            f"{type(error).__name__}: {said}"
+        ) from error
+    if getattr(loaded, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"model is {args.model!r}, whose tokenizer has no tokenizers (Rust) form; only those work here"
+        )
+    names = sorted({*_COMMON_FILES, *loaded.vocab_files_names.values()})
+    # The last: as `tokenizer.4.0.0.json`, for a later transformers.
+    found = [path for name in [*names, "tokenizer.*.json"] for path in model.folder.glob(name)]
+    if not found:
+        raise ValueError(
+            f"model is {args.model!r}, but {model.folder} has no tokenizer: none of {', '.join(names)} is there"
+        )
+    for path in found:
+        _refuse_pointer(args.model, path)
+    return loaded
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
@@ -92,6 +137,11 @@ def pair_template(tokenizer: Tokenizer) -> Template:
 
 def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _refuse_pointer(name: str, path: Path) -> None:
+    if is_pointer(path):
+        raise ValueError(f"model is {name!r}, but {path} is a git-lfs pointer, not the file: git lfs pull")
 
 
 def _rename_pieces(model: dict[str, Any], renamed: dict[str, str]) -> None:

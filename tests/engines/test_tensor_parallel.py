@@ -21,15 +21,17 @@ def main():
     from serve_app.reranker.messages import ScoreRequest
     from serve_app.reranker.model import resolve
     from serve_app.reranker.share import check_head_rows
+    from serve_app.reranker.tokens import load_tokenizer
     from tests.models import SENTENCES
 
     workers = int(sys.argv[2])
     engine = {"max_model_len": 1024, "dtype": "float32", "tensor_parallel_size": workers}
     args = RerankerArgs(model=sys.argv[1], kind="qwen3-reranker", engine=engine)
     model = resolve(args)
-    check_head_rows(args, model, workers)
+    tokenizer = load_tokenizer(args, model)
+    check_head_rows(args, model, tokenizer.backend_tokenizer.token_to_id, workers)
     running = start(engine_settings(args, model, "cpu", 0), "classify")
-    built = _prompts(args, model, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
+    built = _prompts(args, tokenizer, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
     pooled = asyncio.run(running.pool(built.prompts))
     print("LOGITS", json.dumps(pooled.vectors[:, 0].tolist()))
     running.close()

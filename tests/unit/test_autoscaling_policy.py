@@ -16,7 +16,7 @@ import ray.serve.autoscaling_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
-from ray.serve.autoscaling_policy import _apply_autoscaling_config
+from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config, _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from serve_app.autoscaling import DrainTime
@@ -206,6 +206,26 @@ def test_a_policy_with_bad_arguments_decides_as_with_defaults_and_says_so_once(
         assert steady.go(range(2), 2, 10) == Steady(Controller(), 100, 5_000).go(range(2), 2, 10)
     (record,) = caplog.records
     assert next(iter(arguments)) in record.getMessage()
+
+
+def test_as_an_application_s_policy_it_leaves_all_as_it_is_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = _apply_app_level_autoscaling_config(DrainTime())
+    gateway = DeploymentID(name="Gateway", app_name="8b")
+    busy = [replica(n) for n in range(3)]
+    contexts = {
+        DEPLOYMENT: context(running_replicas=busy, total_num_requests=500.0),
+        # Asleep, with a call that waits for it.
+        gateway: context(total_num_requests=1.0),
+    }
+    with caplog.at_level(logging.ERROR, "ray.serve"):
+        for _ in range(3):
+            wanted, states = policy(contexts)
+            assert wanted == {DEPLOYMENT: 3, gateway: 1}
+            assert states.keys() == contexts.keys()
+    (record,) = caplog.records
+    assert "belongs under deployments[].autoscaling_config.policy" in record.getMessage()
 
 
 # One look after another.

@@ -15,11 +15,12 @@ from serve_app.reranker import core_engine, deployment, engine, public_engine
 from serve_app.reranker.async_engine import AsyncEngine
 from serve_app.reranker.core_engine import CoreEngine
 from serve_app.reranker.engine import prepare_environment, start
+from serve_app.reranker.gpu import Card
 from serve_app.reranker.messages import EngineError, EngineFullError
 from serve_app.reranker.model import Model
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.public_engine import PublicEngine
-from tests.models import qwen3_without_weights
+from tests.models import qwen3_without_weights, qwen_tokenizer
 
 CONFIG: Any = SimpleNamespace(
     model_config=SimpleNamespace(max_model_len=512, dtype="torch.float32", get_vocab_size=lambda: 1000),
@@ -273,3 +274,25 @@ def test_a_bad_prompt_is_found_before_the_engine_loads(monkeypatch: pytest.Monke
         load(prompt={"yes": "certainly so"})
     assert loaded == []
     assert load()[1] == "engine"
+
+
+@pytest.mark.parametrize("cards", [[], [Card("GPU-a", 80 * 2**30)]])
+def test_a_share_of_a_real_card_is_refused_by_a_vllm_for_cpus(
+    monkeypatch: pytest.MonkeyPatch, cards: list[Card]
+) -> None:
+    monkeypatch.setattr(deployment, "device", lambda: "cpu")
+    monkeypatch.setattr(deployment, "start", lambda *given: "engine")
+    model = Model(Path("/m"), {"architectures": ["Qwen3ForCausalLM"]}, "r")
+    args = RerankerArgs(model="/m", kind="qwen3-reranker")
+
+    def started() -> Any:
+        return deployment._start(args, model, qwen_tokenizer(), 0.25, cards, "variant")
+
+    if cards:
+        with pytest.raises(
+            ValueError, match=r"num_gpus is 0.25, but this vLLM is built for CPUs: make serve GPU=1"
+        ):
+            started()
+    else:
+        # A GPU that is only Ray's.
+        assert started() == "engine"

@@ -334,10 +334,25 @@ def test_what_one_gpu_cannot_hold_is_told_to_take_two() -> None:
 def test_a_user_s_own_utilisation_wins_up_to_the_share() -> None:
     assert fit("0.6B", 0.25, gpu_memory_utilization=0.1).budget_bytes == int(0.1 * 80 * GIB)
     assert "engine.gpu_memory_utilization is 0.02: " in fit("0.6B", 0.25, gpu_memory_utilization=0.02).problem
-    with pytest.raises(
-        ValueError, match=r"engine.gpu_memory_utilization is 0.5, but num_gpus is 0.25; .* up to 0.25"
-    ):
-        fit("0.6B", 0.25, gpu_memory_utilization=0.5)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "card_gib", "given", "most"),
+    [
+        (0.25, 80, 0.5, 0.23),
+        (0.25, 80, 0.25, 0.23),
+        (1, 80, 1.0, 0.92),
+        (2, 80, 0.95, 0.92),
+        (0.25, 24, 0.22, 0.2166),
+    ],
+)
+def test_a_user_s_own_utilisation_leaves_room_for_each_context(
+    gpus: float, card_gib: float, given: float, most: float
+) -> None:
+    message = f"engine.gpu_memory_utilization is {given}, but num_gpus is {gpus}; allowed: above 0, up to {most}. "
+    with pytest.raises(ValueError, match=message):
+        fit("0.6B", gpus, card_gib, gpu_memory_utilization=given)
+    assert fit("0.6B", gpus, card_gib, gpu_memory_utilization=most) == fit("0.6B", gpus, card_gib)
 
 
 @pytest.mark.parametrize(
@@ -387,22 +402,17 @@ def test_shares_and_whole_gpus_become_engine_arguments() -> None:
 
 
 def test_a_head_row_beyond_the_first_gpu_s_part_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {300: "no", 400: "yes"}
-    vocabulary = {words.get(i, f"t{i}"): i for i in range(1000)}
-    Tokenizer(WordLevel(vocabulary, unk_token="t0")).save(str(tmp_path / "tokenizer.json"))
+    token_id = {"no": 300, "yes": 400}.get
     model = Model(tmp_path, {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 1000}, "r")
     for ranks in (1, 2):
-        check_head_rows(args(tmp_path), model, ranks)
+        check_head_rows(args(tmp_path), model, token_id, ranks)
     message = (
         "num_gpus is 4, but the id of 'no' is 300, and the first of 4 GPUs, where vLLM looks for it, holds the"
     )
     with pytest.raises(ValueError, match=f"{message} head's rows 0 to 255; lower num_gpus"):
-        check_head_rows(args(tmp_path), model, 4)
+        check_head_rows(args(tmp_path), model, token_id, 4)
     converted = Model(tmp_path, {**model.config, "architectures": ["Qwen3ForSequenceClassification"]}, "r")
-    check_head_rows(args(tmp_path), converted, 4)
+    check_head_rows(args(tmp_path), converted, token_id, 4)
 
 
 def test_models_that_no_one_knows_are_named() -> None:

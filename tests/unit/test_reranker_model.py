@@ -79,6 +79,38 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         resolve(args(tmp_path / "model.gguf"))
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:da0e\nsize 466247\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"architectures": ["Qwen3For', r"is no JSON \(Unterminated string .* column 20 .*\)$"),
+        (LFS, r"is no JSON \(Expecting value: .*\); it is a git-lfs pointer: git lfs pull$"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "modules.json"])
+def test_a_damaged_file_is_named_with_its_model(tmp_path: Path, file: str, content: str, message: str) -> None:
+    folder = make(tmp_path / "m", QWEN)
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=f"^model is '{folder}', but {folder}/{file} {message}"):
+        resolve(args(folder))
+
+
+def test_an_embedding_model_is_no_reranker(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", QWEN)
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert resolve(args(folder)).is_causal
+    modules.append({"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(
+        ValueError, match=rf"kind is qwen3-reranker, but modules.json of '{folder}' pools embeddings"
+    ):
+        resolve(args(folder))
+    assert resolve(args(folder, "bi-encoder")).is_causal
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -325,6 +357,16 @@ def test_what_decides_scores_changes_their_fingerprint(changed: str) -> None:
 )
 def test_what_leaves_scores_alone_leaves_their_fingerprint_alone(same: RerankerArgs) -> None:
     assert scoring(same) == scoring(args("m"))
+
+
+@pytest.mark.parametrize("value", [-1, 0, "auto", "8192", 512.5, True])
+def test_a_length_that_is_none_is_refused(value: object) -> None:
+    check_engine_args({"max_model_len": 1})
+    message = (
+        f"engine.max_model_len is {value!r}; allowed: a whole number from 1 on; leave it out for the model's own"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_engine_args({"max_model_len": value})
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,21 @@
 import functools
 import json
 import string
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Encoding, Tokenizer, pre_tokenizers
 
-from serve_app.config import DEFAULT_INSTRUCTION, YesNoPrompt
+from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest
+from serve_app.reranker.model import Model, resolve
 from serve_app.reranker.prompt import PairPrompts, TextPrompts, YesNoPrompts
-from serve_app.reranker.tokens import pair_template, plain, text_template
+from serve_app.reranker.tokens import load_tokenizer, pair_template, plain, text_template
 from tests.models import (
+    MINILM,
     ODD_DOCUMENTS,
     QWEN_PLAIN,
     QWEN_SPECIAL,
@@ -332,3 +336,97 @@ def test_prompts_that_the_vocabulary_cannot_say_are_refused(prompt: YesNoPrompt,
 def test_decoders_are_refused_as_cross_encoders() -> None:
     with pytest.raises(ValueError, match="no template for pairs"):
         PairPrompts(qwen_tokenizer(), 512, token_types=False)
+
+
+# From a model's folder.
+
+
+def loaded(folder: Path, model_type: str, files: dict[str, Any]) -> Any:
+    """What `load_tokenizer` makes of these files, and of a `config.json` that names the family."""
+    for name, content in {"config.json": {"model_type": model_type}, **files}.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_tokenizer(RerankerArgs(model=str(folder), kind="bi-encoder"), Model(folder, {}, "r"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_config.json": {"model_max_length": 512}}])
+@pytest.mark.parametrize(
+    ("model_type", "file"),
+    [
+        ("bert", "vocab.txt"),
+        ("distilbert", "vocab.txt"),
+        ("mpnet", "vocab.txt"),
+        ("roberta", "vocab.json"),
+        ("xlm-roberta", "sentencepiece.bpe.model"),
+        ("camembert", "sentencepiece.bpe.model"),
+        ("deberta-v2", "spm.model"),
+        ("albert", "spiece.model"),
+        ("qwen2", "merges.txt"),
+        ("qwen3", "merges.txt"),
+        ("gemma2", "tokenizer.model"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_refused(
+    tmp_path: Path, model_type: str, file: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"model is '{tmp_path}', but {tmp_path} has no tokenizer: none of"
+    ) as error:
+        loaded(tmp_path, model_type, settings)
+    assert file in str(error.value)
+    assert "tokenizer.json" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "modernbert"])
+def test_what_transformers_cannot_make_up_is_refused_with_its_words(tmp_path: Path, model_type: str) -> None:
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} can't be read: ValueError: Couldn't"):
+        loaded(tmp_path, model_type, {})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "make"),
+    [("bert", wordpiece_tokenizer), ("xlm-roberta", unigram_tokenizer), ("qwen3", qwen_tokenizer)],
+)
+def test_a_tokenizer_in_one_file_is_enough(
+    tmp_path: Path, model_type: str, make: "functools._lru_cache_wrapper[Tokenizer]"
+) -> None:
+    tokenizer = loaded(tmp_path, model_type, {"tokenizer.json": make().to_str()})
+    assert len(tokenizer) == make().get_vocab_size()
+
+
+def test_a_tokenizer_in_the_files_of_its_family_is_enough(tmp_path: Path) -> None:
+    spec = json.loads(qwen_tokenizer().to_str())["model"]
+    merges = "\n".join(" ".join(merge) for merge in spec["merges"])
+    (tmp_path / "qwen").mkdir()
+    qwen = loaded(tmp_path / "qwen", "qwen3", {"vocab.json": spec["vocab"], "merges.txt": merges})
+    assert ids(qwen.backend_tokenizer, SENTENCES[0]) == ids(qwen_tokenizer(), SENTENCES[0])
+    bert = loaded(
+        tmp_path, "bert", {"vocab.txt": "\n".join(json.loads(wordpiece_tokenizer().to_str())["model"]["vocab"])}
+    )
+    assert ids(bert.backend_tokenizer, SENTENCES[0]) == ids(wordpiece_tokenizer(), SENTENCES[0])
+    minilm = RerankerArgs(model=MINILM, kind="bi-encoder")
+    assert len(load_tokenizer(minilm, resolve(minilm))) == 30_522
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:da0e\nsize 466247\n"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "file", "content", "message"),
+    [
+        (
+            "bert",
+            "tokenizer.json",
+            LFS,
+            r"is no JSON \(Expecting value.*\); it is a git-lfs pointer: git lfs pull",
+        ),
+        ("bert", "vocab.txt", LFS, "is a git-lfs pointer, not the file: git lfs pull"),
+        ("xlm-roberta", "sentencepiece.bpe.model", LFS, "is a git-lfs pointer, not the file: git lfs pull"),
+        ("qwen3", "tokenizer.json", '{"version": "1.0", "trunc', r"is no JSON \(Unterminated string"),
+        ("qwen3", "tokenizer_config.json", "{", r"is no JSON \(Expecting property name"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_model(
+    tmp_path: Path, model_type: str, file: str, content: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^model is '{tmp_path}', but {tmp_path}/{file} {message}"):
+        loaded(tmp_path, model_type, {file: content})
