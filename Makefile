@@ -41,7 +41,7 @@ index: setup
 	fi
 
 serve: setup index
-	exec $(BIN)/serve-app up $(CONFIG) $(if $(PORT),--port $(PORT))
+	exec $(BIN)/serve-app up "$(CONFIG)" $(if $(PORT),--port $(PORT))
 
 # Either environment's command finds what the other's serves.
 stop:

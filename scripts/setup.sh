@@ -7,6 +7,12 @@ venv=$1 device=$2 purpose=$3
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
+# Ray starts its workers by a shell, to which it names the interpreter without quotes.
+folder=$(pwd -P)
+case $folder in
+  *[$' \t\n"\'()&;$`|<>\\']*) fail "Ray can't start from $folder: the path has a blank, a quote, a parenthesis or another character that shells read; move the folder to a path without" ;;
+esac
+
 constraints=constraints/$device.txt
 wanted="$device $(cat pyproject.toml "$constraints" scripts/setup.sh scripts/packages.sh | sha256sum | cut -c1-16)"
 # Each holds what those before it do.
@@ -15,9 +21,9 @@ case $purpose in
   dev) extras=$device,ui,dev serve_it="dev bench" ;;
   bench) extras=$device,ui,dev,bench serve_it=bench ;;
 esac
-# One whose Python is gone, or whose making was cut short, is made anew.
+# One whose Python is gone, whose making was cut short, or that was made in another folder, is made anew.
 works=
-"$venv/bin/python" -c 'import pip' 2>/dev/null && works=yes
+"$venv/bin/python" -c 'import pip' 2>/dev/null && grep -sqF "$folder/$venv/" "$venv/bin/pip" && works=yes
 for made in $serve_it; do
   [ -n "$works" ] && [ "$(cat "$venv/.made-for-$made" 2>/dev/null)" = "$wanted" ] && exit 0
 done

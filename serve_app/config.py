@@ -41,8 +41,16 @@ class YesNoPrompt(Block):
         'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
     )
     suffix: str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    # The tokens whose probabilities are compared. Unquoted, YAML reads both words as true and false, also as keys.
     yes: str = "yes"
     no: str = "no"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_stand_in_quotes(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any(isinstance(word, bool) for item in value.items() for word in item):
+            raise ValueError('yes and no need quotes in YAML: {"yes": "true", "no": "false"}')
+        return value
 
 
 class RerankerArgs(Block):

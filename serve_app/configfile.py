@@ -113,6 +113,7 @@ def load(path: Path) -> ConfigFile:
     settings: dict[str, GatewaySettings] = {}
     for i, application in enumerate(raw["applications"]):
         where = f"applications[{i}]"
+        problems += _application_policy_problems(where, application)
         kind = KINDS.get(application["import_path"])
         if kind is None:
             problems += _mistyped_builder(where, application["import_path"])
@@ -164,6 +165,7 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
         RayActorOptionsSchema,
         ServeApplicationSchema,
         ServeDeploySchema,
+        gRPCOptionsSchema,
     )
 
     try:
@@ -176,6 +178,7 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
     http = raw.get("http_options") or {}
     problems = _unknown_keys("config", raw, ServeDeploySchema)
     problems += _unknown_keys("config.http_options", http, HTTPOptionsSchema)
+    problems += _unknown_keys("config.grpc_options", raw.get("grpc_options") or {}, gRPCOptionsSchema)
     _take_numbers(http, schema.http_options)
     if not 0 < schema.http_options.port < 65536:
         problems.append(f"config.http_options.port is {schema.http_options.port}; allowed: 1 to 65535")
@@ -197,8 +200,8 @@ def _serve_problems(raw: dict[str, Any]) -> list[str]:
                 _take_numbers(
                     scaling, _validated(AutoscalingConfig, merged, f"{place}.autoscaling_config", problems)
                 )
-                policy = scaling.get("policy") or {}
-                problems += _unknown_keys(f"{place}.autoscaling_config.policy", policy, AutoscalingPolicy)
+                if isinstance(policy := scaling.get("policy"), dict):
+                    problems += _unknown_keys(f"{place}.autoscaling_config.policy", policy, AutoscalingPolicy)
     return problems
 
 
@@ -256,6 +259,17 @@ def _deployment_problems(where: str, application: dict[str, Any], kind: _Kind) -
             problems += _policy_problems(place, scaling, name)
         seen.add(name)
     return problems
+
+
+def _application_policy_problems(where: str, application: dict[str, Any]) -> list[str]:
+    """Serve asks an application's policy for all its deployments at once, and ours knows one."""
+    path = (application.get("autoscaling_policy") or {}).get("policy_function")
+    if not isinstance(path, str) or not path.startswith("serve_app."):
+        return []
+    return [
+        f"{where}.autoscaling_policy.policy_function is {path!r}, which is for one deployment; it belongs under "
+        "deployments[].autoscaling_config.policy"
+    ]
 
 
 def _policy_problems(where: str, scaling: dict[str, Any], deployment: str) -> list[str]:

@@ -40,15 +40,22 @@ _DEFAULT_CPUS = {
 _PR_SET_CHILD_SUBREAPER = 36
 # Serve's environment; `configs/serve.env` has both for clusters, and says why.
 ENVIRONMENT = {"RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
-# Behind HAProxy every gateway replica has a port of its own on the config's host, and HAProxy two on all
-# interfaces: only where keys, or the config, let strangers come.
+# Behind HAProxy every gateway replica, and Serve's own proxy, has a port of its own on the config's host, and
+# HAProxy two on all interfaces: only where keys, or the config, let strangers come.
 FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "67108864",
 }
-# HAProxy's two ports, by the variable that names another.
-_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+# Serve's own proxy, for when HAProxy finds no gateway; and HAProxy's two, by the variable that names another.
+_FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+_HAPROXY_PORTS = {
+    _FALLBACK_PORT: 8500,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+}
+# What a shell doesn't take as it stands.
+_OF_THE_SHELL = re.compile(r"""[ \t\n"'()&;$`|<>\\]""")
 
 
 class LaunchError(Exception):
@@ -69,16 +76,19 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
     if port is not None:
         raw["http_options"] = {**raw.get("http_options", {}), "port": port}
     host, port = config.host, port or config.port
+    _refuse_unquotable(sys.executable)
     if config.gateways and not _is_open(config):
         # The gateway itself refuses to start, half a minute later.
         try:
             refuse_strangers(host)
         except ValueError as error:
             raise LaunchError(str(error)) from None
+    has_haproxy = _is_open(config) and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1"
+    if has_haproxy:
+        _refuse_host_without_gateways(host)
     _refuse_taken(host, port, "free it, or choose another: --port N, or PORT=N with make")
-    if _is_open(config) and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1":
-        for name in _HAPROXY_PORTS:
-            _refuse_taken("0.0.0.0", _haproxy_port(name), f"free it, or set {name} to another")
+    if has_haproxy:
+        _refuse_taken_beside(host, port)
         _make_private(_haproxy_folder())
     _refuse_missing_indexes(config)
     _adopt_orphans()
@@ -87,9 +97,9 @@ def up(config: ConfigFile, port: int | None, verbose: bool) -> None:
         try:
             needed = {**least_resources(config), "cards": gpus_at_start(config)}
             fast = {**FAST, **_haproxy_files()} if _is_open(config) else {}
-            _start(raw, verbose, needed, {**ENVIRONMENT, **fast})
+            logs = _start(raw, verbose, needed, {**ENVIRONMENT, **fast})
             _print_ready(config, host, port)
-            _await_end_of_ray()
+            _await_end_of_ray(logs)
         except _Stop:
             # The terminal may be what went.
             with contextlib.suppress(OSError):
@@ -148,7 +158,8 @@ def _has_keys() -> bool:
     return any(map(secret, (API_KEYS, API_KEYS_FILE)))
 
 
-def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environment: dict[str, str]) -> None:
+def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environment: dict[str, str]) -> str:
+    """Where Serve's logs are."""
     # Serve reads these as it is imported, and no usage reports leave a machine whose owner was not asked.
     for name, value in {**environment, "RAY_USAGE_STATS_ENABLED": "0"}.items():
         os.environ.setdefault(name, value)
@@ -157,17 +168,7 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    _say("starting Ray")
-    ray.init(
-        address="local",
-        namespace="serve",
-        # On one machine replicas share the cores anyway: too few must not keep one waiting for ever.
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needed["num_cpus"])),
-        log_to_driver=verbose,
-        logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-    )
+    logs = _start_ray(verbose, needed["num_cpus"])
     gpus = ray.cluster_resources().get("GPU", 0)
     if needed["num_gpus"] > gpus:
         raise LaunchError(
@@ -193,14 +194,41 @@ def _start(raw: dict[str, Any], verbose: bool, needed: dict[str, float], environ
     except (ray.exceptions.RayError, TimeoutError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise LaunchError(
-            f"Serve's HTTP proxy did not start: {' … '.join(dict.fromkeys((said[0], said[-1])))}\nlogs: {_logs()}"
+            f"Serve's HTTP proxy did not start: {' … '.join(dict.fromkeys((said[0], said[-1])))}\nlogs: {logs}"
         ) from None
     # What `serve run FILE` does; Serve has no public call for a config file.
     _get_global_client().deploy_apps(schema, _blocking=False)
-    _await_running([application.name for application in schema.applications])
+    _await_running([application.name for application in schema.applications], logs)
+    return logs
 
 
-def _await_running(names: list[str]) -> None:
+def _start_ray(verbose: bool, needed_cpus: float) -> str:
+    """Where Serve's logs are: this Ray's, while `session_latest` is whichever started last on the machine."""
+    import ray
+    from ray._common.utils import get_default_ray_temp_dir
+    from ray._private.utils import get_num_cpus
+
+    _say("starting Ray")
+    try:
+        context = ray.init(
+            address="local",
+            namespace="serve",
+            # On one machine replicas share the cores anyway: too few must not keep one waiting for ever. In a
+            # container Ray counts its share of the cores, and has a process ready for each.
+            num_cpus=max(1, int(get_num_cpus(override_docker_cpu_warning=True)), math.ceil(needed_cpus)),
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "ERROR",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+        )
+    # Also where a socket's path would be too long.
+    except OSError as error:
+        variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise LaunchError(_unwritable(get_default_ray_temp_dir(), error, variable)) from None
+    return f"{context.address_info['session_dir']}/logs/serve"
+
+
+def _await_running(names: list[str], logs: str) -> None:
     from serve_app.status import applications
 
     said: dict[str, str] = {}
@@ -214,24 +242,24 @@ def _await_running(names: list[str]) -> None:
                 said[name] = status
                 _say(f"{name}: {status}")
             if application and status == "DEPLOY_FAILED":
-                raise LaunchError(f"{name} did not start: {_failure(application.messages)}\nlogs: {_logs()}")
+                raise LaunchError(f"{name} did not start: {_failure(application.messages)}\nlogs: {logs}")
         if all(said[name] == "RUNNING" for name in names):
             return
         time.sleep(0.5)
     waiting = ", ".join(f"{name} is {status}" for name, status in said.items() if status != "RUNNING")
-    raise LaunchError(f"not everything started within {_START_LIMIT_S} s: {waiting}\nlogs: {_logs()}")
+    raise LaunchError(f"not everything started within {_START_LIMIT_S} s: {waiting}\nlogs: {logs}")
 
 
-def _await_end_of_ray() -> None:
+def _await_end_of_ray(logs: str) -> None:
     """Returns only by an exception: a signal's, or LaunchError when Ray's own processes are gone."""
-    ray_itself = _processes_of_ray()
+    ray_itself = _processes_of_ray(logs)
     while True:
         gone, _ = psutil.wait_procs(ray_itself, timeout=5)
         if gone:
-            raise LaunchError(f"Ray ended by itself (process {gone[0].pid}); see {_logs()}")
+            raise LaunchError(f"Ray ended by itself (process {gone[0].pid}); see {logs}")
 
 
-def _processes_of_ray() -> list[psutil.Process]:
+def _processes_of_ray(logs: str) -> list[psutil.Process]:
     found = {}
     for process in _descendants():
         # Some live for a moment only.
@@ -239,7 +267,7 @@ def _processes_of_ray() -> list[psutil.Process]:
             found[process.name()] = process
     names = ("raylet", "gcs_server")
     if missing := [name for name in names if name not in found]:
-        raise LaunchError(f"Ray ended by itself (no process {' or '.join(missing)}); see {_logs()}")
+        raise LaunchError(f"Ray ended by itself (no process {' or '.join(missing)}); see {logs}")
     return [found[name] for name in names]
 
 
@@ -317,6 +345,35 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def _refuse_unquotable(python: str) -> None:
+    """Ray starts its workers by a shell, to which it names the interpreter without quotes."""
+    if _OF_THE_SHELL.search(python):
+        raise LaunchError(
+            f"Ray can't start {python}: its path has a blank, a quote, a parenthesis or another character that "
+            "shells read; move the folder to a path without"
+        )
+
+
+def _refuse_host_without_gateways(host: str) -> None:
+    # Of `::` HAProxy makes all addresses of IPv4.
+    if host not in ("127.0.0.1", "localhost", "0.0.0.0"):
+        raise LaunchError(
+            f"http_options.host is {host}, but calls go through HAProxy, which finds the gateways of its machine "
+            "only on 127.0.0.1; allowed: 127.0.0.1 or 0.0.0.0, or RAY_SERVE_ENABLE_HA_PROXY=0 in the environment"
+        )
+
+
+def _refuse_taken_beside(host: str, port: int) -> None:
+    """The ports that there are besides the gateway's where HAProxy is. Raises LaunchError."""
+    taken = {port: "the gateway's"}
+    for name in _HAPROXY_PORTS:
+        own = _haproxy_port(name)
+        if own in taken:
+            raise LaunchError(f"{name} is {own}, which is {taken[own]} already; set {name} to another")
+        taken[own] = f"{name}'s"
+        _refuse_taken(host if name == _FALLBACK_PORT else "0.0.0.0", own, f"free it, or set {name} to another")
+
+
 def _refuse_taken(host: str, port: int, remedy: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -357,8 +414,14 @@ def _haproxy_folder() -> Path:
 
 def _make_private(folder: Path) -> None:
     """HAProxy obeys everybody who gets at its socket. Raises LaunchError."""
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise LaunchError(
+            f"can't write to {folder}, where HAProxy's files belong: {error.strerror}; free space there"
+        ) from None
     if folder.lstat().st_uid != os.getuid():
         raise LaunchError(f"{folder}, where HAProxy's files belong, is another user's; remove it")
 
@@ -381,12 +444,24 @@ def _refuse_missing_indexes(config: ConfigFile) -> None:
             )
 
 
+def _unwritable(path: Path | str, error: OSError, variable: str = "TMPDIR") -> str:
+    why = error.strerror or error
+    return f"can't write to {path}: {why}; free space there, or set {variable} to a short path"
+
+
+def _temporary() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise LaunchError(f"{error.strerror}; free space in one of them, or set TMPDIR to a short path") from None
+
+
 def _pid_path(port: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"serve-app-{os.getuid()}-{port}.pid"
+    return _temporary() / f"serve-app-{os.getuid()}-{port}.pid"
 
 
 def _pid_files() -> list[Path]:
-    return sorted(Path(tempfile.gettempdir()).glob(f"serve-app-{os.getuid()}-*.pid"))
+    return sorted(_temporary().glob(f"serve-app-{os.getuid()}-*.pid"))
 
 
 def _port_of(path: Path) -> int:
@@ -410,16 +485,19 @@ def _holder_of(path: Path) -> int | None:
 def _pid_file(port: int) -> Iterator[None]:
     """Holds the port's pid file by a lock: one process serves on a port, and a stale file means nothing."""
     path = _pid_path(port)
-    with path.open("a+") as file:
+    with contextlib.ExitStack() as held:
         try:
+            # Unbuffered, so that what a full disk didn't take is not tried again as the file is closed.
+            file = held.enter_context(path.open("ab", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         except BlockingIOError:
             raise LaunchError(
                 f"process {_holder_of(path)} is starting or serving on port {port} already"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        except OSError as error:
+            raise LaunchError(_unwritable(path, error)) from None
         try:
             yield
         finally:
@@ -434,10 +512,6 @@ def _raise_stop_on_signals() -> None:
         # nohup's wish to outlive the terminal holds.
         if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
             signal.signal(name, stop)
-
-
-def _logs() -> str:
-    return str(Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs" / "serve")
 
 
 def _say(line: str) -> None:

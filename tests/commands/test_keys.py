@@ -34,8 +34,12 @@ GRPC_METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerServ
 
 
 HAPROXY = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
-# HAProxy's own ports are the same for all systems of a machine, if nothing else is said.
-HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+# These are the same for all systems of a machine, if nothing else is said.
+HAPROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
 REFUSED = ("has no API keys", "SERVE_APP_API_KEYS_FILE", "without_keys: true")
 
 
@@ -104,7 +108,7 @@ def test_the_gateway_itself_refuses_too_where_the_file_is_deployed(tmp_path: Pat
 
 
 def free_ports() -> dict[str, str]:
-    """For HAProxy, as environment variables."""
+    """For HAProxy and the proxy behind it, as environment variables."""
     return {name: str(free_port()) for name in HAPROXY_PORTS}
 
 
@@ -121,7 +125,8 @@ class Guarded(Serving):
         self.secrets = [answer.stderr.strip().partition(": ")[2] for answer in made]
         self.keys.write_text(self.lines[0])
         environment = {"SERVE_APP_API_KEYS_FILE": str(self.keys), "CONFIG": str(config)}
-        super().__init__(folder / "log", self.port, **environment, **free_ports())
+        self.beside = free_ports()
+        super().__init__(folder / "log", self.port, **environment, **self.beside)
         self.ready = self.wait_ready()
 
     def search(self, key: str) -> subprocess.CompletedProcess[str]:
@@ -177,6 +182,7 @@ def documented() -> dict[str, str]:
 def test_with_keys_every_port_in_reach_is_known_and_haproxy_is_the_way_in(guarded: Guarded) -> None:
     ports = guarded.open_ports()
     assert ports[guarded.port] == "haproxy"
+    assert ports[int(guarded.beside["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])] == "ray::ProxyActor"
     assert list(ports.values()).count("ray::ServeReplica") >= 2 * 4, "the replicas listen too"
     unknown = set(ports.values()) - documented().keys()
     assert not unknown
@@ -201,7 +207,7 @@ def test_no_port_in_reach_answers_a_call_without_a_key(guarded: Guarded) -> None
     # The gateway's replica has a port of its own, past HAProxy, and asks for a key there too.
     asking = {(process, path) for _, process, path in refused}
     for path in ("/v1/search", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/v1/events"):
-        assert {("haproxy", path), ("ray::ServeReplica", path)} <= asking
+        assert {("haproxy", path), ("ray::ServeReplica", path), ("ray::ProxyActor", path)} <= asking
     behind = next(port for port, process, _ in refused if process == "ray::ServeReplica")
     key = {"Authorization": f"Bearer {guarded.secrets[0]}"}
     answer = httpx.post(f"http://127.0.0.1:{behind}/v1/search", json=BODIES["/v1/search"], headers=key)

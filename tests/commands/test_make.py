@@ -137,6 +137,25 @@ def check_serving(tmp_path, *stops):
             serving.clean_up()
 
 
+def test_make_serve_takes_a_config_with_a_blank_in_its_name(tmp_path):
+    for name, text in (("scripts/setup.sh", ""), (".venv/bin/serve-app", "printf '%s\\n' \"$@\"")):
+        command = tmp_path / name
+        command.parent.mkdir(parents=True)
+        command.write_text(f"#!/bin/sh\n{text}\n")
+        command.chmod(0o755)
+    serve = [
+        "make",
+        "--no-print-directory",
+        "-f",
+        ROOT / "Makefile",
+        "serve",
+        "CONFIG=my config.yaml",
+        "PORT=8080",
+    ]
+    served = subprocess.run(serve, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert served.stdout.endswith("up\nmy config.yaml\n--port\n8080\n")
+
+
 @pytest.mark.parametrize("made", [(".venv",), (".venv-gpu",), (".venv", ".venv-gpu"), ()])
 def test_make_stop_needs_only_one_of_the_environments(tmp_path, made):
     for name in made:

@@ -1,11 +1,14 @@
-"""The setup scripts: what they say when something is missing, and where they install from."""
+"""The setup scripts: what they say when something is missing, where they install from, and where they don't."""
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +44,77 @@ def test_a_missing_interpreter_is_one_clear_line(tmp_path):
     answer = setup(tmp_path, PATH=tools(tmp_path))
     assert answer.returncode == 1
     assert re.fullmatch(r"setup: needs Python 3\.11 to 3\.13 and found none; .*\n", answer.stderr), answer
+
+
+@pytest.mark.parametrize("name", ["my shop", "it's", 'a"b', "(1)", "a&b", "a;b", "a$b", "a`b", "a\\b"])
+def test_a_folder_that_ray_could_not_start_from_is_one_clear_line(tmp_path, name):
+    folder = tmp_path / name
+    answer = setup(folder)
+    assert answer.returncode == 1
+    said = f"setup: Ray can't start from {folder}/project: the path has a blank, .*; move the folder to .*\n"
+    assert re.fullmatch(said.replace(str(folder), re.escape(str(folder))), answer.stderr), answer
+    assert not (folder / "project" / ".venv").exists()
+
+
+def test_a_folder_with_chinese_letters_is_none_of_these(tmp_path):
+    answer = setup(tmp_path / "商店", PATH=tools(tmp_path))
+    assert "needs Python 3.11 to 3.13" in answer.stderr
+
+
+@pytest.mark.parametrize(("made_in", "is_kept"), [("project", True), ("before", False)])
+def test_an_environment_that_was_made_in_another_folder_is_made_anew(tmp_path, made_in, is_kept):
+    """Its commands name the Python there."""
+    environment = tmp_path / "project" / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    for name, text in (("python", "#!/bin/sh\n"), ("pip", f"#!{tmp_path}/{made_in}/.venv/bin/python\n")):
+        (environment / "bin" / name).write_text(text)
+        (environment / "bin" / name).chmod(0o755)
+    sources = ("pyproject.toml", "constraints/gpu.txt", "scripts/setup.sh", "scripts/packages.sh")
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in sources)).hexdigest()[:16]
+    (environment / ".made-for-run").write_text(f"gpu {wanted}\n")
+    answer = setup(tmp_path, "gpu", CC="/nowhere/cc", PATH=tools(tmp_path), PYTHON=sys.executable)
+    assert (answer.returncode == 0) is is_kept, answer
+    assert ("needs a C compiler" in answer.stderr) is not is_kept
+
+
+def install_tools(tmp_path, candidate):
+    """scripts/install-tools.sh for root, where nothing is there and apt-get has this chromium: what it says, and
+    what was installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("bash", "grep", "mktemp", "rm", "tail"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    asked = tmp_path / "asked"
+    for name, does in {
+        "id": "echo 0",
+        "apt-get": f'echo "$*" >>{asked}',
+        "apt-cache": f"echo 'chromium:\n  Candidate: {candidate}'",
+    }.items():
+        (folder / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
+        (folder / name).chmod(0o755)
+    answer = subprocess.run(
+        ["bash", ROOT / "scripts" / "install-tools.sh"],
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    update, install = asked.read_text().splitlines()
+    assert update == "update"
+    return answer, install.partition("--no-install-recommends ")[2]
+
+
+def test_on_debian_all_tools_are_installed(tmp_path):
+    answer, installed = install_tools(tmp_path, "156.0.8078.79-1~deb12u1")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert installed == "redis-server prometheus fonts-wqy-microhei chromium"
+
+
+def test_where_chromium_is_no_package_the_other_tools_are_installed_and_it_is_said(tmp_path):
+    answer, installed = install_tools(tmp_path, "(none)")
+    assert installed == "redis-server prometheus fonts-wqy-microhei"
+    assert answer.returncode == 1
+    assert re.fullmatch(r"install-tools: apt-get has no chromium .*: put a chromium on PATH, .*\n", answer.stderr)
 
 
 def test_an_environment_that_was_cut_short_is_made_anew(tmp_path):

@@ -38,7 +38,11 @@ def test_a_taken_port_of_haproxys_is_named_with_its_setting(port):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         taken = holder.getsockname()[1]
-        environment = {"SERVE_APP_API_KEYS": "shop:0123456789abcdef", "RAY_SERVE_HAPROXY_STATS_PORT": str(taken)}
+        environment = {
+            "SERVE_APP_API_KEYS": "shop:0123456789abcdef",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(taken),
+        }
         answer = serve_app("up", "configs/local.yaml", "--port", port, env={**os.environ, **environment})
     assert answer.returncode == 1
     said = rf"serve-app: port {taken} on 0\.0\.0\.0 cannot be used .*, or set RAY_SERVE_HAPROXY_STATS_PORT .*\n"

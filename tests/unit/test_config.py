@@ -106,6 +106,13 @@ def test_what_the_scaling_policy_does_not_know_is_found_before_the_controller_ma
     assert "ours: serve_app.autoscaling:DrainTime" in problems_of(fleet, tmp_path)
 
 
+def test_an_application_s_policy_is_none_of_ours(fleet, tmp_path):
+    application(fleet, "qwen3-4b")["autoscaling_policy"] = {"policy_function": "serve_app.autoscaling:DrainTime"}
+    message = problems_of(fleet, tmp_path)
+    assert "applications[3].autoscaling_policy.policy_function is 'serve_app.autoscaling:DrainTime'" in message
+    assert "it belongs under deployments[].autoscaling_config.policy" in message
+
+
 @pytest.mark.parametrize(
     "name",
     ["downscaling_factor", "smoothing_factor", "upscale_smoothing_factor", "downscale_smoothing_factor"],
@@ -175,6 +182,33 @@ def test_settings_that_serve_would_ignore_or_refuse_later_are_found(fleet, tmp_p
     assert "autoscaling_config.min_replica is no setting" in message
     assert "did you mean 'max_ongoing_requests'?" in message
     assert "deployments[0].autoscaling_config: " in message
+
+
+def test_a_policy_that_is_no_mapping_is_one_problem(fleet, tmp_path):
+    scaling = application(fleet, "qwen3-0.6b")["deployments"][0]["autoscaling_config"]
+    scaling["policy"] = "serve_app.autoscaling:DrainTime"
+    problem = problems_of(fleet, tmp_path)
+    assert problem.startswith("applications[2].deployments[0].autoscaling_config.policy: Input should be")
+    assert "\n" not in problem
+
+
+def test_a_mistyped_setting_of_grpc_is_found(fleet, tmp_path):
+    fleet["grpc_options"] = {"prot": 9000}
+    said = "config.grpc_options.prot is no setting of Serve's; did you mean 'port'?"
+    assert problems_of(fleet, tmp_path) == said
+
+
+@pytest.mark.parametrize("prompt", ["{yes: 'true', no: 'false'}", "{'yes': true, 'no': false}", "{no: no}"])
+def test_yes_and_no_without_quotes_are_named(fleet, tmp_path, prompt):
+    application(fleet, "qwen3-8b")["args"]["prompt"] = yaml.safe_load(prompt)
+    said = 'applications[4].args.prompt: yes and no need quotes in YAML: {"yes": "true", "no": "false"}'
+    assert problems_of(fleet, tmp_path) == said
+
+
+def test_yes_and_no_in_quotes_are_words():
+    prompt = yaml.safe_load('{"yes": "true", "no": "false"}')
+    args = RerankerArgs.model_validate({"model": "m", "kind": "qwen3-reranker", "prompt": prompt})
+    assert (args.prompt.yes, args.prompt.no) == ("true", "false")
 
 
 def test_numbers_in_quotes_are_what_serve_takes_them_for(fleet, tmp_path):
