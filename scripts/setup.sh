@@ -21,9 +21,15 @@ case $purpose in
   dev) extras=$device,ui,dev serve_it="dev bench" ;;
   bench) extras=$device,ui,dev,bench serve_it=bench ;;
 esac
-# One whose Python is gone, whose making was cut short, or that was made in another folder, is made anew.
+# One whose Python is gone, whose making was cut short, or that was made here and moved, is made anew.
 works=
-"$venv/bin/python" -c 'import pip' 2>/dev/null && grep -sqF "$folder/$venv/" "$venv/bin/pip" && works=yes
+"$venv/bin/python" -c 'import pip' 2>/dev/null && works=yes
+if [ -n "$works" ] && [ -n "$(compgen -G "$venv/.made-for-*")" ]; then
+  # Its commands name the folder that they were made in.
+  named=$(grep -so "/[^ '\"]*/bin/" "$venv/bin/pip") || true
+  named=${named%%$'\n'*}
+  [ -z "$named" ] || [ "$named" -ef "$venv/bin" ] || works=
+fi
 for made in $serve_it; do
   [ -n "$works" ] && [ "$(cat "$venv/.made-for-$made" 2>/dev/null)" = "$wanted" ] && exit 0
 done

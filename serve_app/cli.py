@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="serve a config on this machine, in the foreground")
-    up.add_argument("config", type=Path)
+    up.add_argument("config", type=_path)
     up.add_argument("--port", type=_port, help="instead of the config's http_options.port")
     up.add_argument("--verbose", action="store_true", help="show the logs of Ray and of every replica")
     up.set_defaults(run=_up)
@@ -53,11 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     key.set_defaults(run=_key)
 
     check = commands.add_parser("check", help="validate a config without starting anything")
-    check.add_argument("config", type=Path, nargs="+")
+    check.add_argument("config", type=_path, nargs="+")
     check.set_defaults(run=_check)
 
     plan = commands.add_parser("plan", help="whether a config's models fit their shares of GPUs, without any GPU")
-    plan.add_argument("config", type=Path)
+    plan.add_argument("config", type=_path)
     plan.add_argument("--gpu-memory", type=_gib, required=True, metavar="GIB", help="of one GPU, e.g. 80")
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=_plan)
@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     build = index.add_parser("build", help="build an index from JSON Lines, CSV or a BEIR folder")
     build.add_argument(
-        "--input", type=Path, required=True, help="FILE.jsonl, FILE.csv, or a folder with corpus.jsonl"
+        "--input", type=_path, required=True, help="FILE.jsonl, FILE.csv, or a folder with corpus.jsonl"
     )
-    build.add_argument("--index", type=Path, required=True, help="the folder to make or replace")
+    build.add_argument("--index", type=_path, required=True, help="the folder to make or replace")
     build.set_defaults(run=_index_build)
 
     search = commands.add_parser("search", help="search the catalogue through a running gateway")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="the answer as it came")
 
     evaluate = commands.add_parser("eval", help="measure a running gateway on a BEIR-layout folder")
-    evaluate.add_argument("--dataset", type=Path, required=True, help="has queries.jsonl and qrels/test.tsv")
+    evaluate.add_argument("--dataset", type=_path, required=True, help="has queries.jsonl and qrels/test.tsv")
     evaluate.add_argument("--route", help="only the pipelines that get calls of this route")
     evaluate.add_argument("--model", action="append", help="only this pipeline or variant; may be repeated")
     evaluate.add_argument("--limit", type=int, help="only the first so many queries")
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, command in rollout_commands.items():
         if name == "start":
-            command.add_argument("file", type=Path, help="a rollout document in YAML or JSON")
+            command.add_argument("file", type=_path, help="a rollout document in YAML or JSON")
         else:
             command.add_argument("--route", help="only rollouts of this route")
         if name not in ("start", "list"):
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="drain-time, stock (Serve's own), fixed (the cheapest that meets the SLO), all, or "
         "package.module:Class (default: %(default)s)",
     )
-    simulate.add_argument("--config", type=Path, help="take limits and settings from this Serve config")
+    simulate.add_argument("--config", type=_path, help="take limits and settings from this Serve config")
     simulate.add_argument("--variant", help="of the config (default: its first)")
     simulate.add_argument("--scale", type=_positive, default=1.0, help="so many times the calls and max_replicas")
     simulate.add_argument("--tokens-per-s", type=_positive, help="of one busy replica")
@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--slo-ms", type=_positive, help="latency target (default: 2000, or the deadline)")
     simulate.add_argument("--search", type=int, default=24, help="settings that are tried for Serve's own policy")
     simulate.add_argument("--seed", type=int, default=0, help="of the calls that are drawn")
-    simulate.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and curves")
-    simulate.add_argument("--png", type=Path, metavar="FILE", help="draw them; with several traces, FILE-TRACE")
+    simulate.add_argument("--json", type=_path, metavar="FILE", help="write all numbers and curves")
+    simulate.add_argument("--png", type=_path, metavar="FILE", help="draw them; with several traces, FILE-TRACE")
     simulate.set_defaults(run=_simulate)
 
     for command in (search, rerank, evaluate, *rollout_commands.values()):
@@ -423,6 +423,11 @@ def _gib(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a GPU's memory in GiB (1 to 10000)")
+
+
+def _path(text: str) -> Path:
+    # What no shell has seen, as what make passes on, may have it still.
+    return Path(text).expanduser()
 
 
 def _port(text: str) -> int:

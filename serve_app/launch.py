@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import math
@@ -54,6 +55,10 @@ _HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
 }
+_UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 # What a shell doesn't take as it stands.
 _OF_THE_SHELL = re.compile(r"""[ \t\n"'()&;$`|<>\\]""")
 
@@ -209,22 +214,32 @@ def _start_ray(verbose: bool, needed_cpus: float) -> str:
     from ray._private.utils import get_num_cpus
 
     _say("starting Ray")
+    # It warns of fractions of a core.
+    ray_says = logging.getLogger("ray._private.utils")
+    level = ray_says.level
+    ray_says.setLevel(logging.ERROR)
+    cores = get_num_cpus(override_docker_cpu_warning=True)
+    ray_says.setLevel(level)
     try:
         context = ray.init(
             address="local",
             namespace="serve",
             # On one machine replicas share the cores anyway: too few must not keep one waiting for ever. In a
             # container Ray counts its share of the cores, and has a process ready for each.
-            num_cpus=max(1, int(get_num_cpus(override_docker_cpu_warning=True)), math.ceil(needed_cpus)),
+            num_cpus=max(1, int(cores), math.ceil(needed_cpus)),
             log_to_driver=verbose,
             logging_level="INFO" if verbose else "ERROR",
             include_dashboard=True,
             dashboard_host="127.0.0.1",
         )
-    # Also where a socket's path would be too long.
     except OSError as error:
+        folder = get_default_ray_temp_dir()
+        # Ray writes elsewhere, too, and starts processes.
+        is_there = str(error.filename or folder).startswith(folder) and error.errno in _UNWRITABLE
+        if not is_there and "AF_UNIX path length" not in str(error):
+            raise LaunchError(f"Ray did not start: {error}") from None
         variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-        raise LaunchError(_unwritable(get_default_ray_temp_dir(), error, variable)) from None
+        raise LaunchError(_unwritable(folder, error, variable)) from None
     return f"{context.address_info['session_dir']}/logs/serve"
 
 

@@ -4,11 +4,20 @@ import ast
 import functools
 import importlib.util
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.config import RerankerArgs, YesNoPrompt, closest
-from serve_app.reranker.memory import GIB, MOST, is_decoder, kv_cache_bytes, longest_prompt, utilisation
+from serve_app.reranker.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    MOST,
+    is_decoder,
+    kv_cache_bytes,
+    longest_prompt,
+    utilisation,
+)
 from serve_app.reranker.model import Model
 
 logger = logging.getLogger("ray.serve")
@@ -125,12 +134,16 @@ def _of_share(engine: dict[str, Any], gpus: float, card_bytes: int | None) -> di
     share = min(gpus, 1.0)
     # Where the card can't be asked for its size, nothing is left for CUDA's context but the usual rest.
     part = utilisation(share, card_bytes) if card_bytes else round(share * MOST, 4)
+    # With more, the replicas that share a card would wait for memory that it hasn't.
+    most = part
+    if share == 1:
+        # Nobody else has the card, and who fills it takes the risk of his own: all but the context.
+        most = math.floor((1 - CONTEXT_BYTES / card_bytes) * 1000) / 1000 if card_bytes else 1.0
     given = engine.get("gpu_memory_utilization")
-    if given is not None and not (isinstance(given, (int, float)) and 0 < given <= part):
-        # With more, the replicas that share a card would wait for memory that it hasn't.
+    if given is not None and not (isinstance(given, (int, float)) and 0 < given <= most):
         raise ValueError(
             f"engine.gpu_memory_utilization is {given}, but num_gpus is {gpus:g}; allowed: above 0, up to "
-            f"{part:g}. Left out, it follows from num_gpus"
+            f"{most:g}. Left out, it follows from num_gpus"
         )
     settings: dict[str, Any] = {"tensor_parallel_size": whole, "gpu_memory_utilization": part}
     return settings | ({"distributed_executor_backend": "mp"} if whole > 1 else {})

@@ -13,6 +13,7 @@ from serve_app.reranker.model import Model, is_pointer, read_json
 
 # Of any model: transformers turns to these where those of the model's own kind are missing.
 _COMMON_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json")
+_READ_AS_JSON = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 def load_tokenizer(args: RerankerArgs, model: Model) -> Any:
@@ -27,10 +28,11 @@ def load_tokenizer(args: RerankerArgs, model: Model) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trusted)
     except Exception as error:
-        for path in sorted(model.folder.glob("*.*")):
-            if path.suffix == ".json":
+        for pattern in _READ_AS_JSON:
+            for path in sorted(model.folder.glob(pattern)):
                 read_json(args.model, path)
-            elif path.suffix in (".txt", ".model"):
+        for path in sorted(model.folder.glob("*.*")):
+            if path.suffix in (".txt", ".model"):
                 _refuse_pointer(args.model, path)
         said = " ".join(str(error).split())
         raise ValueError(
@@ -48,8 +50,10 @@ def load_tokenizer(args: RerankerArgs, model: Model) -> Any:
         raise ValueError(
             f"model is {args.model!r}, but {model.folder} has no tokenizer: none of {', '.join(names)} is there"
         )
-    for path in found:
-        _refuse_pointer(args.model, path)
+    # Where that is there nothing else is read.
+    if not any(path.match("tokenizer*.json") for path in found):
+        for path in found:
+            _refuse_pointer(args.model, path)
     return loaded
 
 

@@ -149,6 +149,7 @@ def test_make_serve_takes_a_config_with_a_blank_in_its_name(tmp_path):
         "-f",
         ROOT / "Makefile",
         "serve",
+        "GPU=",
         "CONFIG=my config.yaml",
         "PORT=8080",
     ]

@@ -61,12 +61,18 @@ def test_a_folder_with_chinese_letters_is_none_of_these(tmp_path):
     assert "needs Python 3.11 to 3.13" in answer.stderr
 
 
-@pytest.mark.parametrize(("made_in", "is_kept"), [("project", True), ("before", False)])
-def test_an_environment_that_was_made_in_another_folder_is_made_anew(tmp_path, made_in, is_kept):
-    """Its commands name the Python there."""
+@pytest.mark.parametrize(
+    ("made_in", "is_kept"), [("project/.venv", True), ("before/.venv", False), ("elsewhere", True)]
+)
+def test_an_environment_that_was_moved_is_made_anew(tmp_path, made_in, is_kept):
+    """Its commands name the Python there; those of one that is elsewhere and linked to are right."""
     environment = tmp_path / "project" / ".venv"
+    if made_in == "elsewhere":
+        (tmp_path / "project").mkdir()
+        (tmp_path / "elsewhere").mkdir()
+        environment.symlink_to(tmp_path / "elsewhere")
     (environment / "bin").mkdir(parents=True)
-    for name, text in (("python", "#!/bin/sh\n"), ("pip", f"#!{tmp_path}/{made_in}/.venv/bin/python\n")):
+    for name, text in (("python", "#!/bin/sh\n"), ("pip", f"#!{tmp_path}/{made_in}/bin/python\n")):
         (environment / "bin" / name).write_text(text)
         (environment / "bin" / name).chmod(0o755)
     sources = ("pyproject.toml", "constraints/gpu.txt", "scripts/setup.sh", "scripts/packages.sh")

@@ -282,6 +282,22 @@ def test_a_folder_that_ray_cannot_write_to_is_one_clear_line(
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/x/.ray"),
+        BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)),
+    ],
+)
+def test_what_else_keeps_ray_from_starting_is_said_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    monkeypatch.setattr("ray.init", Ray(error))
+    with pytest.raises(LaunchError) as caught:
+        launch._start_ray(False, 1)
+    assert str(caught.value) == f"Ray did not start: {error}"
+
+
 def hold(while_held: Callable[[], None]) -> None:
     with launch._pid_file(8000):
         while_held()

@@ -341,8 +341,6 @@ def test_a_user_s_own_utilisation_wins_up_to_the_share() -> None:
     [
         (0.25, 80, 0.5, 0.23),
         (0.25, 80, 0.25, 0.23),
-        (1, 80, 1.0, 0.92),
-        (2, 80, 0.95, 0.92),
         (0.25, 24, 0.22, 0.2166),
     ],
 )
@@ -353,6 +351,13 @@ def test_a_user_s_own_utilisation_leaves_room_for_each_context(
     with pytest.raises(ValueError, match=message):
         fit("0.6B", gpus, card_gib, gpu_memory_utilization=given)
     assert fit("0.6B", gpus, card_gib, gpu_memory_utilization=most) == fit("0.6B", gpus, card_gib)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_who_has_a_whole_card_may_fill_it_but_for_the_context(gpus: float) -> None:
+    assert fit("0.6B", gpus, gpu_memory_utilization=0.95).budget_bytes == int(0.95 * 80 * GIB)
+    with pytest.raises(ValueError, match=r"gpu_memory_utilization is 1\.0, .*; allowed: above 0, up to 0\.993\. "):
+        fit("0.6B", gpus, gpu_memory_utilization=1.0)
 
 
 @pytest.mark.parametrize(

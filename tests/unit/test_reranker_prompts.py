@@ -410,6 +410,17 @@ def test_a_tokenizer_in_the_files_of_its_family_is_enough(tmp_path: Path) -> Non
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:da0e\nsize 466247\n"
 
 
+def test_what_no_tokenizer_reads_may_be_anything(tmp_path: Path) -> None:
+    for name in ("bert", "llama"):
+        (tmp_path / name).mkdir()
+    files = {"tokenizer.json": json.loads(wordpiece_tokenizer().to_str()), "vocab.txt": LFS}
+    bert = loaded(tmp_path / "bert", "bert", files)
+    assert ids(bert.backend_tokenizer, SENTENCES[0]) == ids(wordpiece_tokenizer(), SENTENCES[0])
+    with pytest.raises(ValueError, match=r"but the tokenizer in .* can't be read: ") as caught:
+        loaded(tmp_path / "llama", "llama", {"predictions.json": "{}\n{}"})
+    assert "predictions" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("model_type", "file", "content", "message"),
     [
