@@ -57,20 +57,23 @@ async def answer(
     if place.role == "canary":
         try:
             whole = await _whole(attempt, replace(call, deadline=trial, fresh=fresh))
-        except asyncio.CancelledError as hung_up:
-            _count_failure(rollouts, call, hung_up)
+        except asyncio.CancelledError:
+            rollouts.hung_up(place, call.request_id, time.monotonic() - started)
             raise
         except CanaryFailedError as failure:
             plan = pipeline_plan(call.settings, place.split.stable, call.plan.route)
             stable_place = replace(place, role="stable")
             stable = replace(call, plan=replace(plan, place=stable_place, why="fallback"))
-            try:
-                answered = await attempt(stable)
-            except (Exception, asyncio.CancelledError) as error:
-                _count_failure(rollouts, call, error)
-                raise
             # By kind, as stable's are: what degrades both alike is no difference.
             degraded = failure.degraded
+            try:
+                answered = await attempt(stable)
+            except asyncio.CancelledError:
+                rollouts.answered(place, call.request_id, None, error=not degraded, degraded=degraded)
+                raise
+            except Exception as error:
+                _count_failure(rollouts, call, error)
+                raise
             rollouts.answered(place, call.request_id, None, error=not degraded, degraded=degraded)
             logger.warning(
                 "request %s: stable %s answers for canary %s: %s (%s)",
@@ -86,7 +89,10 @@ async def answer(
     trial_s = trial.remaining_s()
     try:
         answered = await attempt(replace(call, fresh=fresh))
-    except (Exception, asyncio.CancelledError) as error:
+    except asyncio.CancelledError:
+        rollouts.hung_up(place, call.request_id, time.monotonic() - started)
+        raise
+    except Exception as error:
         _count_failure(rollouts, call, error)
         raise
     ranking = ranking_of(answered)
@@ -136,9 +142,8 @@ async def _whole(attempt: Callable[[Call], Awaitable[A]], call: Call) -> A:
         raise CanaryFailedError("error") from error
 
 
-def _count_failure(rollouts: Rollouts, call: Call, error: BaseException) -> None:
-    """A call that got no answer counts on its side, unless it is the caller's fault. One whose client hung up
-    counts: a side that is slower than its clients wait has failed them."""
+def _count_failure(rollouts: Rollouts, call: Call, error: Exception) -> None:
+    """A call that nobody could answer counts on its side, unless it is the caller's fault."""
     assert call.plan.place is not None
     if not isinstance(error, ApiError) or error.status >= 500:
         rollouts.answered(call.plan.place, call.request_id, None, error=True)

@@ -33,7 +33,7 @@ _UNSENT_REPORTS, _UNSENT_SEARCHES = 2_000, 20_000
 _REPORTS_AT_ONCE, _SEARCHES_AT_ONCE = 500, 5_000
 # Mirrored calls of one gateway that are under way at once; more are dropped.
 _MIRRORED_AT_ONCE = 4
-# Of what was mirrored at a rollout's weight, so much is known again.
+# Of what was mirrored for a rollout's guards, so much is known again.
 _KNOWN_QUESTIONS = 4_000
 _LATENCIES = 200
 # Of a canary call's time, what is kept for stable to answer instead: twice what stable's slow calls take, within
@@ -82,7 +82,7 @@ class Rollouts:
         # When a call was last computed for a side of a rollout, or was to be.
         self._computed_at: dict[tuple[str, str], float] = {}
         self._mirrored: set[asyncio.Task[None]] = set()
-        # By rollout: its weight, and the hashes of what was mirrored at it, oldest first.
+        # By rollout: since when its guards judge, and the hashes of what was mirrored since, oldest first.
         self._questions: dict[str, tuple[float, dict[int, None]]] = {}
         self._app: str | None = None
         self._deployed = Deployed()
@@ -122,6 +122,7 @@ class Rollouts:
         took_s: float | None,
         *,
         error: bool = False,
+        hung_up: bool = False,
         degraded: bool = False,
         late: bool = False,
         unasked: bool = False,
@@ -138,6 +139,7 @@ class Rollouts:
             # As of a canary's calls, so that both sides' are cut at the same time.
             None if took_s is None or late else took_s * 1e3,
             error=error,
+            hung_up=hung_up,
             degraded=degraded,
             late=late,
             unasked=unasked,
@@ -149,6 +151,14 @@ class Rollouts:
                 self._latencies.setdefault(place.split.rollout, _Latencies()).add(took_s)
         if searched and not error:
             self._searches.append(Search(request_id, place.split.rollout, place.role, now))
+
+    def hung_up(self, place: Place, request_id: str, took_s: float) -> None:
+        """Counts a call whose client left after `took_s` as one that failed, where that is longer than stable's
+        slow calls take: a side that is slower than its clients wait has failed them. Who leaves sooner, as one
+        who types on does, says nothing of either side."""
+        slow_s = self._latencies.get(place.split.rollout, _Latencies()).slow_s
+        if slow_s is not None and took_s > slow_s:
+            self.answered(place, request_id, None, error=True, hung_up=True)
 
     def wants_computed(self, place: Place) -> bool:
         """Whether the scores of the call that comes are to be computed, also those that are known."""
@@ -173,16 +183,15 @@ class Rollouts:
     # ---- mirrored calls
 
     def wants_mirror(self, split: Split, question: Hashable) -> bool:
-        """Whether the call just answered by stable is to be mirrored: by chance, while there is room, and once at
-        a weight for one `question`: a probe that asks the same all day is one sample."""
+        """Whether the call just answered by stable is to be mirrored: by chance, while there is room, and once for
+        one `question` until guards begin anew: a probe that asks the same all day is one sample."""
         chosen = split.shadow > 0 and random.random() < split.shadow and len(self._mirrored) < _MIRRORED_AT_ONCE
         if not chosen:
             return False
-        weight, known = self._questions.get(split.rollout, (split.weight, {}))
-        if weight != split.weight:
-            # Guards begin anew.
+        since, known = self._questions.get(split.rollout, (split.since, {}))
+        if since != split.since:
             known = {}
-        self._questions[split.rollout] = split.weight, known
+        self._questions[split.rollout] = split.since, known
         if hash(question) in known:
             return False
         known[hash(question)] = None
@@ -192,8 +201,8 @@ class Rollouts:
 
     def was_not_mirrored(self, split: Split, question: Hashable) -> None:
         """The call was dropped: another one with its question will do."""
-        weight, known = self._questions.get(split.rollout, (split.weight, {}))
-        if weight == split.weight:
+        since, known = self._questions.get(split.rollout, (split.since, {}))
+        if since == split.since:
             known.pop(hash(question), None)
 
     def mirror(self, call: Coroutine[Any, Any, Any]) -> None:

@@ -291,7 +291,7 @@ class Scoring:
             computing = self.fleet.score(
                 ask.variant, request, size, ask.left_s(), mirrored=ask.mirrored, scored=scored
             )
-            parts = await _unless_there(computing, late)
+            parts = await _unless_there(computing, late, wanted)
         finally:
             self._land(ask.variant, wanted, names, flights)
         return list(zip(chunks, parts, strict=bool(parts)))
@@ -363,8 +363,11 @@ async def _wait(
     return found
 
 
-async def _unless_there(computing: Coroutine[Any, Any, list[T]], late: Collection[_Shared]) -> list[T]:
-    """What `computing` gives. Nothing, where all that was `late` comes before it, and so is in the cache."""
+async def _unless_there(
+    computing: Coroutine[Any, Any, list[T]], late: Collection[_Shared], wanted: str
+) -> list[T]:
+    """What `computing` gives. Nothing, where all that was `late` comes before it under the fingerprint `wanted`,
+    and so is in the cache."""
     waiting: set[asyncio.Future[Any]] = {flight for flight in late if not flight.done()}
     if not waiting:
         return await computing
@@ -372,7 +375,8 @@ async def _unless_there(computing: Coroutine[Any, Any, list[T]], late: Collectio
     try:
         while waiting:
             done, _ = await asyncio.wait({task, *waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if task in done or any(flight.result() is None for flight in waiting & done):
+            others = [flight.result() for flight in waiting & done]
+            if task in done or any(result is None or result[0] != wanted for result in others):
                 return await task
             waiting -= done
         return []

@@ -22,7 +22,7 @@ from serve_app.gateway.fusion import best_first
 from serve_app.gateway.keys import Keys
 from serve_app.gateway.limits import check_documents, check_query, is_blank, limit
 from serve_app.gateway.pipeline import Ranking, Scorer, StageFailure, StageReport, run
-from serve_app.gateway.plan import Call, effective_weights, variants_in_use
+from serve_app.gateway.plan import Call, effective_weights, pipeline_plan, variants_in_use
 from serve_app.gateway.recalling import Recalled, Recalling
 from serve_app.gateway.rollouts import Rollouts
 from serve_app.gateway.scoring import Scoring
@@ -210,10 +210,15 @@ class Service:
             positions_of.setdefault(query, []).append(position)
         for query in positions_of:
             check_query(call.settings, query, left)
-        place = call.plan.place
-        if place is None or not place.split.live or place.role == "stable":
-            # What a canary can't read, stable may.
+        try:
             _check_scripts(call, positions_of, left)
+        except ApiError:
+            place = call.plan.place
+            if place is None or not place.split.live or place.role == "stable":
+                raise
+            # What a canary can't read, stable may.
+            stable = pipeline_plan(call.settings, place.split.stable, call.plan.route)
+            _check_scripts(replace(call, plan=stable), positions_of, left)
         self._spend(call, len(pairs))
 
         async def attempt(call: Call) -> Ranking:

@@ -292,11 +292,11 @@ class Controller:
                     over[rollout.id] = rollout, reason
                     continue
                 names.add(rollout.spec["canary"])
-            by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0, live=False))
+            by_route.setdefault(rollout.route, []).append(_split(rollout, 100.0))
         for rollout in found:
             state = State.from_json(rollout.state)
             if not state.finished and state.status not in ("pending", "warming"):
-                by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, live=True))
+                by_route.setdefault(rollout.route, []).append(_split(rollout, state.weight, state))
         self._tell_overriding(rollout for rollout in filter(_is_promoted, found) if rollout.id not in over)
         if asked_at > self._splits_at:
             self._splits = Splits({route: tuple(splits) for route, splits in by_route.items()})
@@ -556,10 +556,13 @@ def _parts(rollout: Rollout) -> tuple[RolloutDocument, State]:
     return RolloutDocument.stored(rollout.spec), State.from_json(rollout.state)
 
 
-def _split(rollout: Rollout, weight: float, live: bool) -> Split:
+def _split(rollout: Rollout, weight: float, live: State | None = None) -> Split:
+    """`live`: the state of a rollout that is under way."""
     spec = rollout.spec
-    shadow = float(spec.get("shadow", 0)) if live else 0.0
-    return Split(rollout.id, rollout.route, spec["stable"], spec["canary"], weight, shadow, live)
+    named = (rollout.id, rollout.route, spec["stable"], spec["canary"], weight)
+    if live is None:
+        return Split(*named, live=False)
+    return Split(*named, float(spec.get("shadow", 0)), since=live.window_from)
 
 
 def _summary(figures: Figures) -> dict[str, Any]:

@@ -60,10 +60,12 @@ class Figures:
     """Calls of one side. `latency` and `scores` count by bin; `scored` calls brought scores. Latencies are of
     calls whose scores were all computed for them, or that had no stage to ask; `unasked` calls asked the side's
     models for none and could not fail by them (their scores were known, or there was nothing to score). `late`
-    ones of stable came in full, but after the time that a canary has."""
+    ones of stable came in full, but after the time that a canary has. Of the `errors`, `hung_up` are calls whose
+    clients had waited long enough."""
 
     calls: int = 0
     errors: int = 0
+    hung_up: int = 0
     degraded: int = 0
     late: int = 0
     unasked: int = 0
@@ -77,6 +79,7 @@ class Figures:
         latency_ms: float | None,
         *,
         error: bool = False,
+        hung_up: bool = False,
         degraded: bool = False,
         late: bool = False,
         unasked: bool = False,
@@ -88,6 +91,7 @@ class Figures:
         self.calls += 1
         if error:
             self.errors += 1
+            self.hung_up += hung_up
             return
         self.degraded += degraded
         self.late += late and not degraded
@@ -151,6 +155,7 @@ class Figures:
         return Figures(
             self.calls + other.calls,
             self.errors + other.errors,
+            self.hung_up + other.hung_up,
             self.degraded + other.degraded,
             self.late + other.late,
             self.unasked + other.unasked,
@@ -176,6 +181,7 @@ class Figures:
             return cls(
                 calls=int(data.get("calls", 0)),
                 errors=int(data.get("errors", 0)),
+                hung_up=int(data.get("hung_up", 0)),
                 degraded=int(data.get("degraded", 0)),
                 late=int(data.get("late", 0)),
                 unasked=int(data.get("unasked", 0)),
@@ -188,7 +194,7 @@ class Figures:
             raise ValueError(f"these are no figures: {error}") from None
 
 
-_COUNTS = ("calls", "errors", "degraded", "late", "unasked", "scored")
+_COUNTS = ("calls", "errors", "hung_up", "degraded", "late", "unasked", "scored")
 _MIRROR_COUNTS = tuple(f.name for f in fields(Mirror))
 
 

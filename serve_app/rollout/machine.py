@@ -130,10 +130,7 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
     failed = [] if state.unguarded else breached(document.guards, counted.streaks)
     if failed:
         reason = "; ".join(v.text for v in facts.verdicts if v.metric in failed and v.outcome == "fail")
-        reason = reason or f"failed: {', '.join(failed)}"
-        if document.on_failure == "rollback":
-            return Change(_end(counted, "rolled_back", now), reason)
-        return Change(replace(counted, status="paused", since=now, until=None, again=True, unguarded=True), reason)
+        return _failed(document, counted, now, reason or f"failed: {', '.join(failed)}")
     over = state.until is not None and now >= state.until
     if state.status == "paused":
         if over:
@@ -149,12 +146,21 @@ def advance(document: RolloutDocument, state: State, facts: Facts) -> Change | N
             reason = "; ".join(v.text for v in facts.verdicts if v.metric in guards)
             return _enter(document, counted, state.step + 1, now, reason)
         if over:
-            open_ = [v.text for v in facts.verdicts if v.metric in guards and v.outcome != "pass"]
-            reason = "; ".join(open_) or "there were no calls to judge"
+            open_ = [v for v in facts.verdicts if v.metric in guards and v.outcome != "pass"]
+            reason = "; ".join(v.text for v in open_) or "there were no calls to judge"
+            if not state.unguarded and any(v.outcome == "fail" for v in open_):
+                # As of few queries, which bring no more samples for another look.
+                return _failed(document, counted, now, f"time is up: {reason}")
             return Change(
                 replace(counted, status="inconclusive", since=now, until=None, again=True), f"time is up: {reason}"
             )
     return Change(counted, "") if counted != state else None
+
+
+def _failed(document: RolloutDocument, state: State, now: float, reason: str) -> Change:
+    if document.on_failure == "rollback":
+        return Change(_end(state, "rolled_back", now), reason)
+    return Change(replace(state, status="paused", since=now, until=None, again=True, unguarded=True), reason)
 
 
 def command(document: RolloutDocument, state: State, action: Action, now: float) -> Change:

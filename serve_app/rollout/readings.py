@@ -63,7 +63,9 @@ def read_mirrored(metric: str, canary: Figures, stable: Figures) -> Reading | No
         return None
     match metric:
         case "error_rate":
-            return _rate("mirrored calls failed", mirror.errors, mirror.calls, stable.errors, stable.asked)
+            # On a mirrored call nobody hangs up.
+            errors, asked = stable.errors - stable.hung_up, stable.asked - stable.hung_up
+            return _rate("mirrored calls failed", mirror.errors, mirror.calls, errors, asked)
         case "degraded_rate":
             what = "mirrored calls were degraded"
             return _rate(what, mirror.degraded, mirror.calls, stable.degraded, stable.asked)

@@ -11,7 +11,8 @@ from typing import Literal
 class Split:
     """A rollout's hold on its route: of the calls that are `stable`'s by the route's weights, `weight` percent go
     to `canary`. `shadow`: part of stable's calls that is mirrored. `live`: under way; a promoted rollout's split
-    goes on with weight 100, without guards, until the route's own weights no longer name `stable`."""
+    goes on with weight 100, without guards, until the route's own weights no longer name `stable`. `since`: when
+    its guards began to judge, in the controller's time."""
 
     rollout: str
     route: str
@@ -20,6 +21,7 @@ class Split:
     weight: float
     shadow: float = 0.0
     live: bool = True
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class SqliteFile:
             todo = "put it back, or restart the rollouts application to start empty"
             raise StoreUnavailable(self.url, "is away: the file is gone", todo)
         # With an authority, an empty one, a path may begin with two slashes.
-        uri = f"file://{quote(str(self.path.absolute()))}?mode={'rw' if self._inode else 'rwc'}"
+        uri = f"file://{quote(os.fsencode(self.path.absolute()))}?mode={'rw' if self._inode else 'rwc'}"
         db = sqlite3.connect(uri, uri=True, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(db)

@@ -508,11 +508,13 @@ def test_a_controller_frozen_in_a_write_and_woken_later_is_refused(begin: Any, u
             history = store.history(rollout)
             assert states(store, rollout) == IN_PAUSE
             frozen.send(signal.SIGCONT)
-            refused = [] if after else ["StaleLeaseError"]
             users.controller = frozen
             heard = users.answers
             await until(lambda: users.answers > heard + 5, "a gateway that asks the woken one")
-            assert await frozen.ask("refusals") == refused
+            refusals = await frozen.ask("refusals")
+            # After a write that was done it may try another before it looks who leads.
+            assert set(refusals) <= {"StaleLeaseError"}
+            assert after or refusals
             assert not await frozen.ask("leads")
             assert store.history(rollout) == history
             # It waits for its turn.

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
         "cascade": {"recall_k": 10, "stages": [{"variant": "small", "keep": 3}, {"variant": "large"}]},
     },
     "routes": {
-        "default": {"weights": {"one": 100}, "timeout_ms": 2000},
+        "default": {"weights": {"one": 100}, "timeout_ms": 20_000},
         "split": {"weights": {"bm25": 50, "one": 50}},
     },
     "limits": {"max_documents": 20, "max_body_bytes": 20_000, "max_recall_k": 50, "max_query_chars": 100},

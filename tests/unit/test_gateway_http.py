@@ -283,6 +283,17 @@ def test_stable_scores_what_a_canary_cannot_read():
     assert [variant for variant, _ in gateway.fleet.asked] == ["large"]
 
 
+def test_what_neither_a_canary_nor_stable_can_read_costs_nothing():
+    pipelines = {name: {"recall_k": 10, "stages": [{"variant": "small"}]} for name in ("old", "new")}
+    gateway = Gateway(
+        settings={**SETTINGS, "pipelines": pipelines, "routes": {"default": {"weights": {"old": 1}}}}
+    )
+    gateway.service.rollouts._splits = Splits({"default": (Split("r1", "default", "old", "new", 100),)})
+    gateway.service._spend = lambda call, pairs: pytest.fail("it was charged")
+    answer = gateway.post("/v1/score", {"text_1": "降噪耳机", "text_2": DOCUMENTS[:2]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text_1")
+
+
 def test_cohere_v2_refuses_object_documents(gateway):
     response = gateway.post("/v2/rerank", {"query": "q", "documents": [{"text": "a"}]})
     assert response.status_code == 400

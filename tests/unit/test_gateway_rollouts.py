@@ -24,7 +24,7 @@ from serve_app.gateway.app import create_app
 from serve_app.gateway.canary import _outlasts
 from serve_app.gateway.deadline import Deadline
 from serve_app.gateway.pipeline import Ranking, StageFailure, StageReport
-from serve_app.gateway.rollouts import Rollouts
+from serve_app.gateway.rollouts import Rollouts, _Latencies
 from serve_app.gateway.service import Service
 from serve_app.reranker.messages import PromptTooLongError, ScoreRequest, ScoreResult
 from serve_app.rollout.controller import Controller
@@ -337,11 +337,13 @@ async def never(request: ScoreRequest, timeout_s: float) -> None:
     [(0, "old", "stable", "canary"), (100, "new", "canary", "stable"), (100, "old", "canary", "stable")],
     ids=["stable", "canary", "stable-in-its-place"],
 )
-def test_a_client_that_hangs_up_counts_on_the_side_where_it_was_placed(
-    weight: float, waits_for: str, side: str, other: str
+@pytest.mark.parametrize("slow_s", [0, 60, None])
+def test_a_client_that_waited_and_left_counts_on_the_side_where_it_was_placed(
+    weight: float, waits_for: str, side: str, other: str, slow_s: float | None
 ) -> None:
     async def scenario() -> None:
         async with Gateway(split(weight)) as gateway:
+            gateway.rollouts._latencies["r1"] = _Latencies(slow_s=slow_s)
             gateway.fleet.does = {"new": BROKEN["raises"], waits_for: never}
             call = asyncio.create_task(gateway.search())
             await until(lambda: gateway.fleet.at_once[waits_for], "the call")
@@ -349,7 +351,11 @@ def test_a_client_that_hangs_up_counts_on_the_side_where_it_was_placed(
             with pytest.raises(asyncio.CancelledError):
                 await call
             figures = await gateway.counted()
-            assert (figures[side].calls, figures[side].errors) == (1, 1)
+            found = (figures[side].calls, figures[side].errors, figures[side].hung_up, figures[side].degraded)
+            if weight and waits_for == "old":
+                assert found == (1, 0, 0, 1), "the canary had failed before, however long the client stays"
+            else:
+                assert found == ((1, 1, 1, 0) if slow_s == 0 else (0, 0, 0, 0))
             assert figures[other].calls == 0
 
     asyncio.run(scenario())
@@ -579,10 +585,11 @@ def test_a_probe_that_asks_the_same_again_and_again_is_mirrored_once(path: str) 
     asyncio.run(scenario())
 
 
-def test_a_question_is_mirrored_once_at_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_is_mirrored_once_until_guards_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KNOWN_QUESTIONS", 2)
     rollouts = Rollouts(FleetDouble().ask)
-    at_0, at_25, other = split(0, 1.0), split(25, 1.0), split(0, 1.0, "r2")
+    at_0, other = split(0, 1.0), split(0, 1.0, "r2")
+    anew = replace(at_0, since=1.0)
 
     def wanted(*questions: str, at: Split = at_0) -> list[bool]:
         return [rollouts.wants_mirror(at, question) for question in questions]
@@ -594,8 +601,7 @@ def test_a_question_is_mirrored_once_at_a_weight(monkeypatch: pytest.MonkeyPatch
     assert wanted("probe", "probe") == [True, False]
     # The oldest is forgotten first.
     assert wanted("dogs", "probe", "cats") == [True, False, True]
-    # Guards begin anew with the weight.
-    assert wanted("dogs", "dogs", at=at_25) == [True, False]
+    assert wanted("dogs", "dogs", at=anew) == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ def test_mirrored_calls_fail_a_canary_that_answers_its_users():
     assert "40 of 40 (100.0%) mirrored calls failed" in found.text
 
 
+def test_mirrored_calls_are_not_held_against_clients_that_left_stable():
+    canary, stable = figures(50), figures(950, errors=100)
+    for i in range(400):
+        canary.add_mirrored(None if i % 10 == 0 else compare("abc", "abc"))
+    assert verdict("error_rate", canary, stable).outcome != "fail"
+    stable.hung_up = 100
+    assert verdict("error_rate", canary, stable).outcome == "fail"
+
+
 def test_calls_that_asked_no_model_hide_none_that_failed():
     canary, stable = figures(40, errors=20), figures(40)
     for side in (canary, stable):

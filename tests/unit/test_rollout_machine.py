@@ -229,6 +229,17 @@ def test_time_is_up_for_an_analysis_is_inconclusive_and_says_what_was_open():
     assert at(run.look("pass")) == ("paused", 2, 5)
 
 
+@pytest.mark.parametrize(
+    ("on_failure", "then"), [("rollback", ("rolled_back", 1, 0)), ("pause", ("paused", 1, 5))]
+)
+def test_time_is_up_for_a_guard_that_fails_without_samples_for_a_second_look(on_failure, then):
+    run = Run(document(on_failure=on_failure)).to_step(1)
+    assert at(run.look("fail", after_s=30)) == ("step", 1, 5)
+    assert at(run.look("fail", after_s=20, new=False)) == ("step", 1, 5)
+    assert at(run.look("fail", after_s=11, new=False)) == then
+    assert run.reasons[-1] == "time is up: error_rate fail"
+
+
 @pytest.mark.parametrize(("step", "waits_s", "then"), [(1, 60, ("inconclusive", 1, 5)), (2, 30, ("step", 3, 50))])
 def test_a_clock_set_back_begins_a_wait_anew(step, waits_s, then):
     run = Run(document()).to_step(step)
