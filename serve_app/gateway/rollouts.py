@@ -188,10 +188,10 @@ class Rollouts:
         chosen = split.shadow > 0 and random.random() < split.shadow and len(self._mirrored) < _MIRRORED_AT_ONCE
         if not chosen:
             return False
-        since, known = self._questions.get(split.rollout, (split.since, {}))
-        if since != split.since:
+        since, known = self._questions.get(split.rollout, (_since(split), {}))
+        if since != _since(split):
             known = {}
-        self._questions[split.rollout] = split.since, known
+        self._questions[split.rollout] = _since(split), known
         if hash(question) in known:
             return False
         known[hash(question)] = None
@@ -201,8 +201,8 @@ class Rollouts:
 
     def was_not_mirrored(self, split: Split, question: Hashable) -> None:
         """The call was dropped: another one with its question will do."""
-        since, known = self._questions.get(split.rollout, (split.since, {}))
-        if since == split.since:
+        since, known = self._questions.get(split.rollout, (_since(split), {}))
+        if since == _since(split):
             known.pop(hash(question), None)
 
     def mirror(self, call: Coroutine[Any, Any, Any]) -> None:
@@ -280,6 +280,11 @@ def deployed(settings: GatewaySettings) -> Deployed:
             for name, route in settings.routes.items()
         },
     )
+
+
+def _since(split: Split) -> float:
+    # A controller that is older than this gateway says nothing of it.
+    return getattr(split, "since", 0.0)
 
 
 def _drop(queue: deque[Any], sent: Sequence[Any]) -> None:

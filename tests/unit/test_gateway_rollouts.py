@@ -604,6 +604,14 @@ def test_a_question_is_mirrored_once_until_guards_begin_anew(monkeypatch: pytest
     assert wanted("dogs", "dogs", at=anew) == [True, False]
 
 
+def test_an_older_controllers_split_is_mirrored_too() -> None:
+    older = split(0, 1.0)
+    # As it is read from a message that has no such field.
+    object.__delattr__(older, "since")
+    rollouts = Rollouts(FleetDouble().ask)
+    assert [rollouts.wants_mirror(older, "probe") for _ in range(2)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("how", "weight", "counts"),
     [
