@@ -7,6 +7,7 @@ Unknown keys are refused everywhere, and errors name the place, the value and wh
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -258,7 +259,7 @@ class GatewaySettings(Block):
                 if stage.variant not in self.variants:
                     raise ValueError(
                         f"pipelines.{name}.stages[{i}].variant is {stage.variant!r}, "
-                        f"which is not under variants; {_known(stage.variant, self.variants)}"
+                        f"which is not under variants; {known_names(stage.variant, self.variants)}"
                     )
             if pipeline.recall_k > self.limits.max_recall_k:
                 raise ValueError(
@@ -270,7 +271,7 @@ class GatewaySettings(Block):
                 if pipeline_name not in self.pipelines:
                     raise ValueError(
                         f"routes.{name}.weights names {pipeline_name!r}, "
-                        f"which is not under pipelines; {_known(pipeline_name, self.pipelines)}"
+                        f"which is not under pipelines; {known_names(pipeline_name, self.pipelines)}"
                     )
             if route.timeout_ms > self.limits.max_timeout_ms:
                 raise ValueError(
@@ -313,9 +314,11 @@ def closest(name: str, allowed: "list[str]") -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def _known(name: str, allowed: "dict[str, Any]") -> str:
+def known_names(name: str, allowed: Iterable[str]) -> str:
+    """For a name that isn't `allowed`: the nearest that is, and all of them."""
+    allowed = list(allowed)
     listed = ", ".join(sorted(allowed)) or "none"
-    return " ".join(filter(None, [closest(name, list(allowed)), f"known: {listed}"]))
+    return " ".join(filter(None, [closest(name, allowed), f"known: {listed}"]))
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from serve_app.config import closest
+from serve_app.config import known_names
 from serve_app.evaluation.client import Answer, EvaluationError, Gateway
 from serve_app.evaluation.dataset import Dataset, Query
 from serve_app.evaluation.metrics import means, percentile, quality
@@ -182,5 +182,4 @@ def _notes(dataset: Dataset, answered: set[str], is_own_first: bool, top_n: int)
 def _require(name: str, known: Iterable[str], what: str) -> None:
     names = list(known)
     if name not in names:
-        hint = " ".join(filter(None, [closest(name, names), f"known: {', '.join(sorted(names)) or 'none'}"]))
-        raise EvaluationError(f"{name!r} is no {what} of this gateway; {hint}")
+        raise EvaluationError(f"{name!r} is no {what} of this gateway; {known_names(name, names)}")

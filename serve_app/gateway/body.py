@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from serve_app.config import GatewaySettings, closest
+from serve_app.config import GatewaySettings, known_names
 from serve_app.gateway import wire
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.limits import limit
@@ -89,9 +89,8 @@ def _check_names(model: type[BaseModel], data: dict[str, Any]) -> None:
         return
     names = [name[:_SHOWN_CHARS] for name in unknown[:3]]
     more = f" and {len(unknown) - len(names)} more" if len(unknown) > len(names) else ""
-    hint = " ".join(filter(None, [closest(names[0], sorted(known)), f"known: {', '.join(sorted(known))}"]))
     what = f"{', '.join(names)}{more} {'is' if len(unknown) == 1 else 'are'} unknown"
-    raise ApiError("invalid_request", f"{what}; {hint}", param=names[0])
+    raise ApiError("invalid_request", f"{what}; {known_names(names[0], known)}", param=names[0])
 
 
 def _message(problem: ErrorDetails) -> str:

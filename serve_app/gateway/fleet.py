@@ -201,7 +201,7 @@ class Fleet:
                 # The replica's own, as one that is being stopped sends: it has not been asked for here.
                 gone: Exception = StageFailure("unavailable", f"{app} gave the call up", retry_after_s=1)
             except (RayActorError, AioRpcError) as error:
-                if isinstance(error, AioRpcError) and error.code() not in _GONE:
+                if not _is_gone(error):
                     raise
                 gone = error
         raise gone
@@ -286,13 +286,18 @@ def _stage_failure(app: str, error: Exception, timeout_s: float) -> StageFailure
         return StageFailure("timeout", f"{app} did not answer within {timeout_s * 1e3:.0f} ms")
     if isinstance(cause, BackPressureError | EngineFullError):
         return StageFailure("overloaded", f"{app} has too many calls waiting", retry_after_s=1)
-    if isinstance(cause, RayActorError) or (isinstance(cause, AioRpcError) and cause.code() in _GONE):
+    if _is_gone(cause):
         return StageFailure("unavailable", f"{app} lost its replicas", retry_after_s=5)
     if isinstance(cause, DeploymentUnavailableError):
         return StageFailure("unavailable", f"{app} failed to deploy", retry_after_s=30)
     if isinstance(cause, RayServeException):
         return StageFailure("unavailable", f"{app} is not deployed or not ready", retry_after_s=5)
     return StageFailure("error", f"{app} failed with {type(cause).__name__}", retry_after_s=1)
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether it is for a replica that died or was stopped."""
+    return isinstance(error, RayActorError) or (isinstance(error, AioRpcError) and error.code() in _GONE)
 
 
 def _cause(error: Exception) -> Exception:

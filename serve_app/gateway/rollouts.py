@@ -156,7 +156,7 @@ class Rollouts:
         """Counts a call whose client left after `took_s` as one that failed, where that is longer than stable's
         slow calls take: a side that is slower than its clients wait has failed them. Who leaves sooner, as one
         who types on does, says nothing of either side."""
-        slow_s = self._latencies.get(place.split.rollout, _Latencies()).slow_s
+        slow_s = self._slow_s(place.split)
         if slow_s is not None and took_s > slow_s:
             self.answered(place, request_id, None, error=True, hung_up=True)
 
@@ -175,10 +175,14 @@ class Rollouts:
     def trial_deadline(self, split: Split, deadline: Deadline) -> Deadline:
         """Until when the canary may answer, so that stable can after it."""
         left = deadline.remaining_s()
-        slow_s = self._latencies.get(split.rollout, _Latencies()).slow_s
+        slow_s = self._slow_s(split)
         kept = _MOST_KEPT if slow_s is None or not left else _STABLE_MARGIN * slow_s / left
         kept = min(_MOST_KEPT, max(_LEAST_KEPT, kept))
         return Deadline(deadline.clock() + left * (1 - kept), 0.0, deadline.clock)
+
+    def _slow_s(self, split: Split) -> float | None:
+        """What stable's slow calls take; None until there were some."""
+        return self._latencies.get(split.rollout, _Latencies()).slow_s
 
     # ---- mirrored calls
 

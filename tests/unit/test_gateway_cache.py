@@ -597,15 +597,22 @@ def test_a_call_that_hangs_holds_its_pairs_for_nobody():
     asyncio.run(check())
 
 
+async def slow_and_impatient(
+    fleet: Replicas, documents: Sequence[str]
+) -> tuple[OneByOne, Scoring, asyncio.Task[ScoreResult], asyncio.Task[ScoreResult]]:
+    """A call that is held, and another of the same pairs, which has less time and computes them by itself now."""
+    fleet.before = calls = OneByOne(fleet)
+    scoring = cached(fleet)
+    slow = asyncio.create_task(ask(scoring, documents))
+    await calls.arrived[0].wait()
+    impatient = asyncio.create_task(ask(scoring, documents[::-1], timeout_s=4))
+    await calls.arrived[1].wait()
+    return calls, scoring, slow, impatient
+
+
 def test_a_call_that_is_slow_may_still_be_first():
     async def check():
-        fleet = Replicas()
-        fleet.before = calls = OneByOne(fleet)
-        scoring = cached(fleet)
-        slow = asyncio.create_task(ask(scoring, ["a", "b"]))
-        await calls.arrived[0].wait()
-        impatient = asyncio.create_task(ask(scoring, ["b", "a"], timeout_s=4))
-        await calls.arrived[1].wait()
+        calls, scoring, slow, impatient = await slow_and_impatient(Replicas(), ["a", "b"])
         calls.go[0].set()
         result = await impatient
         assert (result.scores, result.cache_hits) == (expected(["b", "a"]), 2)
@@ -618,14 +625,9 @@ def test_a_call_that_is_slow_may_still_be_first():
 def test_a_slow_call_of_another_revision_stops_nobody_who_computes_for_himself():
     async def check():
         fleet = Replicas()
-        fleet.before = calls = OneByOne(fleet)
         # What the calls are answered with, in the order in which they are sent.
         fleet.fingerprint = iter(["f2", "f1"]).__next__
-        scoring = cached(fleet)
-        slow = asyncio.create_task(ask(scoring, ["a"]))
-        await calls.arrived[0].wait()
-        impatient = asyncio.create_task(ask(scoring, ["a"], timeout_s=4))
-        await calls.arrived[1].wait()
+        calls, _, slow, impatient = await slow_and_impatient(fleet, ["a"])
         calls.go[0].set()
         await slow
         calls.go[1].set()
@@ -638,12 +640,7 @@ def test_a_slow_call_of_another_revision_stops_nobody_who_computes_for_himself()
 def test_a_slow_call_that_fails_stops_nobody_who_computes_for_himself():
     async def check():
         fleet = Replicas()
-        fleet.before = calls = OneByOne(fleet)
-        scoring = cached(fleet)
-        slow = asyncio.create_task(ask(scoring, ["a"]))
-        await calls.arrived[0].wait()
-        impatient = asyncio.create_task(ask(scoring, ["a"], timeout_s=4))
-        await calls.arrived[1].wait()
+        calls, _, slow, impatient = await slow_and_impatient(fleet, ["a"])
         slow.cancel()
         await asyncio.gather(slow, return_exceptions=True)
         calls.go[1].set()
