@@ -39,12 +39,13 @@ from bench.common import Spread, machine, save, saved, show
 from bench.engine import SHAPES, receive
 from bench.fleet import HEADERS, config, end, fleet
 from serve_app.config import DEFAULT_INSTRUCTION, RerankerArgs, YesNoPrompt
-from serve_app.reranker.deployment import _prompts as builder_of
+from serve_app.reranker.deployment import prompt_builder
 from serve_app.reranker.engine import cpu_has_bf16, prepare_environment
 from serve_app.reranker.engine_args import engine_settings
 from serve_app.reranker.messages import ScoreRequest
 from serve_app.reranker.model import resolve
 from serve_app.reranker.scores import sigmoids
+from serve_app.reranker.tokens import load_tokenizer
 from tests import models
 
 _MAX_MODEL_LEN = 1024
@@ -55,7 +56,6 @@ _FASTEST = 5000
 # What Ray has put off while it was stopped is done by then.
 _SETTLE_S = 2.0
 _WARM_DOCUMENTS = 20
-_BATCH = {"max_num_batched_tokens": 8192, "max_num_seqs": 256}
 # Documents a call, calls at once and seconds a block, by shape.
 LOADS = {"tiny": ((200, 1, 2.0), (200, 8, 4.0)), "25m": ((200, 1, 8.0), (50, 8, 8.0))}
 _OVERRIDES = {
@@ -82,6 +82,12 @@ def template(folder: Path) -> Path:
     return path
 
 
+def reranker_args(model: Path, dtype: str) -> RerankerArgs:
+    return RerankerArgs(
+        model=str(model), kind="qwen3-reranker", engine={"max_model_len": _MAX_MODEL_LEN, "dtype": dtype}
+    )
+
+
 def ours(model: Path, dtype: str) -> dict[str, Any]:
     """Our fleet's config."""
     settings = {
@@ -90,12 +96,11 @@ def ours(model: Path, dtype: str) -> dict[str, Any]:
         "routes": {"default": {"weights": {"rerank": 100}, "timeout_ms": 60000}},
         "cache": None,
     }
-    engine = {"max_model_len": _MAX_MODEL_LEN, "dtype": dtype, **_BATCH}
     reranker = {
         "name": "model",
         "import_path": "serve_app.reranker:build",
         "route_prefix": None,
-        "args": {"model": str(model), "kind": "qwen3-reranker", "engine": engine},
+        "args": reranker_args(model, dtype).model_dump(exclude_unset=True),
         "deployments": [{"name": "Reranker", "ray_actor_options": {"num_cpus": os.cpu_count()}}],
     }
     return config(settings, reranker)
@@ -112,8 +117,11 @@ def vllm_server(model: Path, dtype: str, folder: Path, *, tuned: bool) -> Iterat
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if tuned:
-        command += ["--block-size", "32", "--enforce-eager"]
-        command += [f"--{name.replace('_', '-')}={value}" for name, value in _BATCH.items()]
+        args = reranker_args(model, dtype)
+        settings = engine_settings(args, resolve(args), "cpu", 0, cpu_has_bf16())
+        command.append("--enforce-eager")
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
+            command.append(f"--{name.replace('_', '-')}={settings[name]}")
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     log = folder / f"vllm-{'tuned' if tuned else 'defaults'}.log"
     with log.open("w") as out:
@@ -202,10 +210,9 @@ def _bare_engine(model: str, dtype: str, pipe: Connection) -> None:
     prepare_environment(os.cpu_count() or 1)
     from vllm import LLM, PoolingParams, TokensPrompt
 
-    engine = {"max_model_len": _MAX_MODEL_LEN, "dtype": dtype, **_BATCH}
-    args = RerankerArgs(model=model, kind="qwen3-reranker", engine=engine)
+    args = reranker_args(Path(model), dtype)
     resolved = resolve(args)
-    builder = builder_of(args, resolved, _MAX_MODEL_LEN)
+    builder = prompt_builder(args, load_tokenizer(args, resolved), _MAX_MODEL_LEN)
     llm = LLM(**engine_settings(args, resolved, "cpu", 0, cpu_has_bf16()))
     params = PoolingParams(task="classify", use_activation=False)
 

@@ -218,7 +218,7 @@ def _load(args: RerankerArgs, model: Model, gpus: float, cards: list[Card], name
         # Before transformers, which takes torch along.
         import_vllm_without_compiler()
     tokenizer = load_tokenizer(args, model)
-    prompts = _prompts(args, tokenizer, 0)
+    prompts = prompt_builder(args, tokenizer, 0)
     return prompts, _start(args, model, tokenizer.backend_tokenizer, gpus, cards, name)
 
 
@@ -248,7 +248,8 @@ def _software() -> str:
     return f"serve-app {__version__}, vllm {vllm.__version__}"
 
 
-def _prompts(args: RerankerArgs, loaded: Any, max_model_len: int) -> Builder:
+def prompt_builder(args: RerankerArgs, loaded: Any, max_model_len: int) -> Builder:
+    """What makes a kind's prompts, with a tokenizer as `load_tokenizer` gives it."""
     tokenizer = loaded.backend_tokenizer
     if args.kind == "qwen3-reranker":
         instruction = args.instruction or DEFAULT_INSTRUCTION

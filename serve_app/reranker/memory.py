@@ -139,7 +139,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
         # What reads the first token: a pooler or a dense layer, and the row of a single label.
         small += 2 * hidden + hidden * hidden + 2 * hidden + 1
         return Parameters(matrices, max(3 * hidden * hidden, hidden * inner), tables * hidden + small)
-    queries, keys = _attention_widths(config)
+    queries, keys = attention_widths(config)
     matrices = layers * (2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner)
     small = layers * (2 * hidden + (2 * head_dim(config) if kind == "qwen3" else 0)) + hidden
     if kind == "qwen2" or config.get("attention_bias"):
@@ -162,7 +162,7 @@ def needs(config: Mapping[str, Any], counted: Parameters, engine: Mapping[str, A
     Loading: the head, and where vLLM quantises, one layer in 16 bit beside its result
     (model_loader/reload/layerwise.py).
     """
-    width = 4 if engine.get("dtype") in _FLOAT32 else 2
+    width = element_bytes(engine.get("dtype"))
     ranks = int(engine.get("tensor_parallel_size") or 1)
     linear = _ONLINE.get(str(engine.get("quantization")))
     online = linear is not None
@@ -171,7 +171,7 @@ def needs(config: Mapping[str, Any], counted: Parameters, engine: Mapping[str, A
     weights = counted.linear * linear + counted.other * width + counted.stored_bytes
     loading = counted.head * width + (counted.largest * (width + linear) if online else 0)
     hidden, inner = int(config.get("hidden_size") or 0), int(config.get("intermediate_size") or 0)
-    queries, keys = _attention_widths(config)
+    queries, keys = attention_widths(config)
     widest = max(3 * inner, 2 * (queries + 2 * keys)) / ranks
     a_token = width * (4 * hidden + widest) + (8 * hidden if is_encoder(config) else 0)
     given = engine.get("kv_cache_memory_bytes")
@@ -216,12 +216,16 @@ def kv_cache_bytes(
 def kv_bytes_a_token(config: Mapping[str, Any], dtype: Any, kv_cache_dtype: Any = None, ranks: int = 1) -> int:
     """On one of `ranks` GPUs: keys and values of all layers. Heads that are too few to share are copied."""
     kind = str(kv_cache_dtype)
-    width = 4 if dtype in _FLOAT32 else 2
+    width = element_bytes(dtype)
     if kind.startswith(("fp8", "int8")) and "per_token" not in kind:
         width = 1
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
     layers = int(config.get("num_hidden_layers") or 0)
     return layers * 2 * max(1, math.ceil(heads / ranks)) * head_dim(config) * width
+
+
+def element_bytes(dtype: Any) -> int:
+    return 4 if dtype in _FLOAT32 else 2
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
@@ -240,7 +244,8 @@ def _checkpoint_bytes(config: Mapping[str, Any]) -> float | None:
     return width / 8 + 4 / int(group[1] if group else 128) if width else None
 
 
-def _attention_widths(config: Mapping[str, Any]) -> tuple[int, int]:
+def attention_widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements that a token has in all heads: of its queries, and of its keys, which are as many as values."""
     heads = int(config.get("num_attention_heads") or 0)
     return heads * head_dim(config), int(config.get("num_key_value_heads") or heads) * head_dim(config)
 

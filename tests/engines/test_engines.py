@@ -17,9 +17,10 @@ import pytest
 
 from serve_app.config import RerankerArgs
 from serve_app.reranker import engine as engines_module
+from serve_app.reranker import inprocess_engine as inprocess_module
 from serve_app.reranker.async_engine import AsyncEngine
 from serve_app.reranker.core_engine import CoreEngine, foreign_core
-from serve_app.reranker.engine import Engine, fits_in_process, prepare_environment, start
+from serve_app.reranker.engine import Engine, Task, fits_in_process, prepare_environment, start
 from serve_app.reranker.engine_args import engine_settings
 from serve_app.reranker.inprocess_engine import InProcessEngine
 from serve_app.reranker.messages import EngineError, EngineFullError
@@ -27,6 +28,7 @@ from serve_app.reranker.model import resolve
 from serve_app.reranker.prompt import Prompt
 from serve_app.reranker.public_engine import PublicEngine
 from serve_app.reranker.scores import sigmoids
+from tests.system.conftest import MINILM
 
 KINDS = {"inprocess": InProcessEngine, "async": AsyncEngine, "public": PublicEngine}
 # What a deployment chooses between.
@@ -38,9 +40,9 @@ T = TypeVar("T")
 class Running:
     """An engine and the loop that it serves."""
 
-    def __init__(self, kind: str, settings: dict[str, Any]) -> None:
+    def __init__(self, kind: str, settings: dict[str, Any], task: Task = "classify") -> None:
         before = set(psutil.Process().children(recursive=True))
-        self.engine: Engine = KINDS[kind](settings, "classify")
+        self.engine: Engine = KINDS[kind](settings, task)
         self.processes = set(psutil.Process().children(recursive=True)) - before
         self._runner = asyncio.Runner()
 
@@ -410,6 +412,53 @@ def test_closing_ends_calls_threads_and_processes(running: Running) -> None:
     assert not [process for process in alive if "resource_tracker" not in " ".join(process.cmdline())]
     if isinstance(running.engine, InProcessEngine):
         assert not running.engine._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reduced"),
+    [
+        ("qwen", "qwen3-reranker", 2),
+        ("cross-encoder", "cross-encoder", 3),
+        ("xlmr-cross-encoder", "cross-encoder", 3),
+        # It reads the mean of all tokens.
+        (MINILM["model"], "bi-encoder", 0),
+    ],
+)
+def test_the_last_layer_is_computed_for_what_is_read(
+    name: str, kind: Any, reduced: int, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_environment(1)
+    parts: list[Any] = []
+    rows: list[int] = []
+    compute = inprocess_module.compute_what_is_read
+
+    def watched(model: Any, task: Any) -> list[Any]:
+        parts.extend(compute(model, task))
+        # Activations have no weights, and layers may share them.
+        for inner in (child for part in parts for child in part.children() if hasattr(child, "weight")):
+            inner.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        return parts
+
+    monkeypatch.setattr(inprocess_module, "compute_what_is_read", watched)
+    model = name if name.startswith("package:") else str(model_dir(name))
+    engine = {"dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 1024}
+    args = RerankerArgs(model=model, kind=kind, engine=engine)
+    task: Task = "embed" if kind == "bi-encoder" else "classify"
+    running = Running("inprocess", engine_settings(args, resolve(args), "cpu", 0), task)
+    try:
+        assert len(parts) == reduced
+        # Some are cut over two steps where the model allows that.
+        texts = [[2 + (i + j) % 200 for j in range(20 + 37 * i % 230)] for i in range(40)]
+        given = [Prompt(text, 5 if name == "cross-encoder" else None) for text in texts]
+        rows.clear()
+        found = running.run(running.engine.pool(given)).vectors
+        assert max(rows, default=0) <= len(given)
+        for part in parts:
+            del part.forward
+        assert np.abs(running.run(running.engine.pool(given)).vectors - found).max() < 1e-5
+        assert np.ptp(found, axis=0).max() > 0.01
+    finally:
+        running.close()
 
 
 def test_a_crash_fails_all_calls_and_health(fresh: Running, monkeypatch: pytest.MonkeyPatch) -> None:

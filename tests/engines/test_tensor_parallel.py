@@ -16,7 +16,7 @@ from serve_app.reranker.engine import prepare_environment, start
 
 def main():
     prepare_environment(1)
-    from serve_app.reranker.deployment import _prompts
+    from serve_app.reranker.deployment import prompt_builder
     from serve_app.reranker.engine_args import engine_settings
     from serve_app.reranker.messages import ScoreRequest
     from serve_app.reranker.model import resolve
@@ -31,7 +31,7 @@ def main():
     tokenizer = load_tokenizer(args, model)
     check_head_rows(args, model, tokenizer.backend_tokenizer.token_to_id, workers)
     running = start(engine_settings(args, model, "cpu", 0), "classify")
-    built = _prompts(args, tokenizer, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
+    built = prompt_builder(args, tokenizer, 1024).build(ScoreRequest("wireless headphones", SENTENCES))
     pooled = asyncio.run(running.pool(built.prompts))
     print("LOGITS", json.dumps(pooled.vectors[:, 0].tolist()))
     running.close()

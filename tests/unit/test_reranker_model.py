@@ -439,6 +439,41 @@ def test_decoders_that_embed_read_a_long_text_in_several_steps(engine: dict[str,
     assert settings("bi-encoder", llama, **engine)["max_num_batched_tokens"] == 4096
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype", "tokens"),
+    [
+        # Gate and up of 0.6B, 6,144 wide: 1,365 rows of float32 are 32 MiB.
+        (
+            {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128},
+            "float32",
+            1280,
+        ),
+        (
+            {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128},
+            "bfloat16",
+            2560,
+        ),
+        (
+            {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "head_dim": 128},
+            "float32",
+            512,
+        ),
+        ({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}, "float32", 4096),
+        ({}, "float32", 4096),
+    ],
+)
+def test_a_step_on_a_cpu_makes_no_tensor_that_the_process_gives_back(
+    config: dict[str, Any], dtype: str, tokens: int
+) -> None:
+    found = settings(config={**QWEN, **config}, dtype=dtype)
+    assert found["max_num_batched_tokens"] == tokens
+    assert (
+        tokens == 512
+        or tokens * 2 * config.get("intermediate_size", 0) * (4 if dtype == "float32" else 2) <= 2**25
+    )
+    assert settings(config={**QWEN, **config}, max_num_batched_tokens=300)["max_num_batched_tokens"] == 300
+
+
 def test_cpu_cache_holds_the_longest_prompt_or_is_refused() -> None:
     shape = {**QWEN, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
     least = kv_cache_bytes(shape, 32_768, "bfloat16", 32)
