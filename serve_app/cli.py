@@ -381,14 +381,19 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
     import httpx
 
     where = shown(url)
+    # The gateway's deadline decides, unless it is gone.
+    limit_s = max(90.0, (body.get("timeout_ms") or 0) / 1e3 + 10)
     try:
         response = httpx.post(
             url.rstrip("/") + path,
             content=json.dumps(body).encode(),
             headers={**bearer(API_KEY), "Content-Type": "application/json"},
-            timeout=90,
+            timeout=httpx.Timeout(limit_s, connect=10),
             trust_env=is_elsewhere(url),
         )
+    except httpx.ReadTimeout:
+        _complain(f"no answer from {where} for {limit_s:g} s; --timeout-ms may ask for more than 80 s", 1)
+        return None
     except httpx.HTTPError as error:
         _complain(f"no answer from {where}: {error}; is it up? (serve-app up CONFIG)", 1)
         return None

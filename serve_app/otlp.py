@@ -88,11 +88,14 @@ class _Sender(SpanExporter):
     """OTLP over HTTP, with one line in the log when the receiver goes and one when it is back."""
 
     def __init__(self, endpoint: str) -> None:
+        # It tells of every attempt, and of headers that it can't read with the secret in them.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        for name in ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"):
+            if any(entry.strip() and "=" not in entry for entry in os.environ.get(name, "").split(",")):
+                logger.error(f"{name} has an entry that is left out; allowed: name=value,name=value")
         self._endpoint = endpoint
         self._otlp = OTLPSpanExporter()
         self._down = False
-        # It tells of every attempt.
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._otlp.export(spans)

@@ -88,8 +88,8 @@ class Gateway:
 
     async def search(self, query: str, body: dict[str, Any]) -> Answer:
         """Asks until there is an answer: as late as a 429 says, and up to `ATTEMPTS` times where the gateway is
-        overloaded (503) or cannot be connected to. Raises `EvaluationError` not for one query's sake, but when
-        there is nothing but 429 for `MAX_REFUSED_S`, or query after query finds nobody."""
+        overloaded (503), away behind a proxy or cannot be connected to. Raises `EvaluationError` not for one
+        query's sake, but when there is nothing but 429 for `MAX_REFUSED_S`, or query after query finds nobody."""
         attempt, refused, error = 0, 0, ""
         while True:
             if (wait_s := self._not_before - perf_counter()) > 0:
@@ -113,7 +113,7 @@ class Gateway:
                     self._hold_back(asked_s, response)
                     continue
                 self._refused_since = None
-                if response.status_code not in (429, 503):
+                if response.status_code not in (429, 503) and not _is_foreign(response):
                     self._failed_in_a_row = 0
                     return _answer(response, (perf_counter() - started) * 1e3, attempt + refused)
                 error = _refusal(response)
@@ -155,6 +155,16 @@ def _answer(response: httpx.Response, latency_ms: float, retries: int) -> Answer
     return Answer(ids, latency_ms, is_degraded, retries)
 
 
+def _is_foreign(response: httpx.Response) -> bool:
+    """Whether a proxy answers in the gateway's place: HAProxy's 500 for a fleet without one, say."""
+    if response.status_code < 500:
+        return False
+    try:
+        return not isinstance(response.json()["error"]["message"], str)
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
 def _retry_after_s(response: httpx.Response) -> float | None:
     """None where it is no number of seconds; a date or nonsense is not worth more than our own guess."""
     try:
@@ -170,6 +180,8 @@ def _refusal(response: httpx.Response) -> str:
         message = error["message"]
         if error.get("code") == "limit_exceeded" and error.get("param") in ("top_n", "recall_k"):
             message += "; --top-n asks for fewer results"
+        elif error.get("code") == "limit_exceeded" and error.get("param") == "timeout_ms":
+            message += "; --timeout-s sets it"
     except (ValueError, KeyError, TypeError, AttributeError):
         message = response.text[:200] or response.reason_phrase
     return f"{response.status_code}: {message}"

@@ -59,13 +59,15 @@ def read_queries(path: Path) -> list[Query]:
             raise DatasetError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
             raise DatasetError(f"{where}: expected an object with _id and text, got {_kind(row)}")
-        id, text, lang = row.get("_id"), row.get("text"), row.get("lang", "")
+        id, text, lang = row.get("_id"), row.get("text"), row.get("lang")
         if isinstance(id, int) and not isinstance(id, bool):
             id = str(id)
         if not isinstance(id, str) or not id:
             raise DatasetError(f"{where}: _id must be a string or a whole number, got {_kind(id)}")
         if not isinstance(text, str) or not text.strip():
             raise DatasetError(f"{where}: text must be a string that is not empty, got {_kind(text)}")
+        if lang is None:
+            lang = ""
         if not isinstance(lang, str):
             raise DatasetError(f"{where}: lang must be a string, got {_kind(lang)}")
         if id in queries:
@@ -89,7 +91,7 @@ def read_grades(path: Path, known: set[str]) -> Grades:
         try:
             value = int(grade)
         except ValueError:
-            if n == 0:
+            if n == 0 and query not in known:
                 continue
             raise DatasetError(f"{where}: the grade must be a whole number, got {grade!r}") from None
         if abs(value) > MAX_GRADE:

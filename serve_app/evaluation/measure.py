@@ -39,7 +39,7 @@ async def measure(
 ) -> Report:
     """See `evaluate`."""
     # One more, in the place of what is left out.
-    systems = choose_systems(await gateway.models(), route, models, top_n + ignore_identical_ids)
+    systems = choose_systems(await gateway.models(), route, models, top_n, int(ignore_identical_ids))
     # tqdm's own rule for None: off where stderr is no terminal.
     hidden = None if progress is None else not progress
     results: list[Result] = []
@@ -84,9 +84,14 @@ async def measure(
 
 
 def choose_systems(
-    entries: Sequence[dict[str, Any]], route: str | None, models: Sequence[str] | None, top_n: int
+    entries: Sequence[dict[str, Any]],
+    route: str | None,
+    models: Sequence[str] | None,
+    top_n: int,
+    left_out: int = 0,
 ) -> list[System]:
-    """Recall alone, then the pipelines (or `models`). Raises `EvaluationError` for a name nobody has."""
+    """Recall alone, then the pipelines (or `models`), each asked for as many results more as are `left_out` again.
+    Raises `EvaluationError` for a name nobody has."""
     routes = {entry["id"]: entry for entry in entries if entry.get("kind") == "route"}
     pipelines = {entry["id"]: entry for entry in entries if entry.get("kind") == "pipeline"}
     if route is not None:
@@ -103,14 +108,14 @@ def choose_systems(
         chosen = [name for name, weight in weights.items() if weight > 0]
     # As deep as the deepest of them, so that recall@100 is of recall and not of a cut.
     depth = max([top_n, *(pipelines[name].get("recall_k", 0) for name in chosen if name in pipelines)])
-    alone: dict[str, Any] = {"rerank": False, "top_n": top_n, "recall_k": depth}
+    alone: dict[str, Any] = {"rerank": False, "top_n": top_n + left_out, "recall_k": depth + left_out}
     if route is not None:
         alone["route"] = route
     systems = [System(RECALL_ALONE, alone)]
     for name in chosen:
         # More than it recalls would make the gateway recall, and rerank, more than a search of users does.
         shown = min(top_n, pipelines.get(name, {}).get("recall_k", top_n))
-        systems.append(System(name, {"model": name, "top_n": shown}))
+        systems.append(System(name, {"model": name, "top_n": shown + left_out}))
     return systems
 
 

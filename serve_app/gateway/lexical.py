@@ -15,6 +15,8 @@ _K1, _B = 1.2, 0.75
 _MAX_CHARS = 200_000
 # Unicode normalisation sorts runs of combining marks in quadratic time; no language has such runs.
 _MARKS = regex.compile(r"(\p{M}{16})\p{M}+")
+# Normalisation would make letters of the word before of them.
+_TRADEMARKS = str.maketrans("™℠", "  ")
 
 # A run of letters and digits is a word, each CJK character stands alone (bigrams are added below).
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}"
@@ -23,7 +25,7 @@ _TOKEN = regex.compile(rf"[{_CJK}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CJK}]]+", regex.
 
 def tokens(text: str, max_chars: int = _MAX_CHARS) -> list[str]:
     """Words in lower case; CJK text as characters and pairs of neighbours, since it has no spaces."""
-    text = _MARKS.sub(r"\1", text[:max_chars])
+    text = _MARKS.sub(r"\1", text[:max_chars].translate(_TRADEMARKS))
     found: list[str] = []
     previous_end = -1
     previous = ""

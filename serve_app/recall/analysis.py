@@ -26,7 +26,7 @@ import regex
 import tantivy
 
 # Goes into every index; an index of another version is refused, because its terms would not be found.
-VERSION = 3
+VERSION = 4
 
 # A longer query is cut here: its terms are bounded anyway (`tantivy_index.MAX_TERMS`).
 MAX_QUERY_CHARS = 8_192
@@ -51,7 +51,7 @@ _QUESTION_WORDS = (
 )
 
 _UNSPACED = (
-    "\u0e01-\u0e30\u0e32-\u0e3a\u0e40-\u0e46\u0e81-\u0ec6"  # Thai, Lao
+    "\u0e01-\u0e3a\u0e40-\u0e46\u0e81-\u0ec6"  # Thai, Lao
     "\u1100-\u11ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3041-\u3096\u309d-\u309f"
     "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u318e\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\ua960-\ua97c\uac00-\ud7fb\uf900-\ufaff\U00020000-\U0003ffff"
@@ -64,8 +64,9 @@ _MARKS = re.compile("[\u0300-\u036f\u0e47-\u0e4e\u0ec8-\u0ecd]+")
 # Normalisation sorts runs of combining marks in quadratic time; no language has such runs.
 _LONG_MARKS = regex.compile(r"(\p{M}{16})\p{M}+")
 _HYPHENS = str.maketrans("‐‑‒–−", "-----")
-# Soft hyphen, zero-width space, word joiner, byte order mark: web pages leave them inside words.
-_NOTHING = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
+# Soft hyphen, zero-width space, word joiner, byte order mark: web pages leave them inside words. A trademark's
+# signs stand behind one, and would become letters of it.
+_NO_LETTERS = {**str.maketrans("", "", "\u00ad\u200b\u2060\ufeff"), **str.maketrans("™℠", "  ")}
 
 _HUMP = re.compile(r"[a-z][A-Z]")
 # Tries each run of letters once, not from each of its letters: texts may have runs of a megabyte.
@@ -157,7 +158,7 @@ def fold(text: str) -> str:
     """NFKC without diacritics. Case stays, because it shows where words of an identifier begin."""
     if text.isascii():
         return text
-    plain = _MARKS.sub("", unicodedata.normalize("NFKD", _LONG_MARKS.sub(r"\1", text.translate(_NOTHING))))
+    plain = _MARKS.sub("", unicodedata.normalize("NFKD", _LONG_MARKS.sub(r"\1", text.translate(_NO_LETTERS))))
     return unicodedata.normalize("NFKC", plain).replace("ß", "ss").replace("ς", "σ").translate(_HYPHENS)
 
 

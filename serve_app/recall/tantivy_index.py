@@ -32,7 +32,7 @@ class TantivyIndex:
 
     def __init__(self, index: str | Path, *, title_boost: float = 1.0, text_boost: float = 1.0) -> None:
         """Raises `OpenError` when there is no index in the folder, or one of another version."""
-        self._folder = Path(index)
+        self._folder = Path(index).expanduser()
         self._boosts = {"title": title_boost, "text": text_boost}
         self._analyzer = analysis.QueryAnalyzer()
         try:

@@ -110,6 +110,10 @@ def engine_settings(
     settings |= {"model": str(model.folder), "runner": "pooling"}
     settings["hf_overrides"] = _overrides(args, model) | (settings.get("hf_overrides") or {})
     if device == "cpu":
+        if "max_num_batched_tokens" not in args.engine:
+            settings["max_num_batched_tokens"] = max(
+                settings["max_num_batched_tokens"], settings["max_num_seqs"], _uncut(args, model)
+            )
         _size_cpu_cache(settings, model)
         if settings["dtype"] in ("bfloat16", "float16", "half") and not cpu_has_bf16:
             logger.warning(
@@ -178,6 +182,15 @@ def _cpu_step(config: Mapping[str, Any], dtype: Any) -> int:
     widest = max(inner if is_encoder(config) else 2 * inner, queries + 2 * keys, 1)
     kept = _KEPT_BLOCK_BYTES // (widest * element_bytes(dtype))
     return min(max(kept // 256 * 256, 512), 4096)
+
+
+def _uncut(args: RerankerArgs, model: Model) -> int:
+    """Tokens of the longest text that must not be cut over steps: of a decoder's where that was turned off, and
+    where it may pool a mean, which vLLM can't of parts. 4,096 at most for those, of which most pool the last."""
+    longest = longest_prompt(model.config, args.engine.get("max_model_len"))
+    if args.engine.get("enable_chunked_prefill") is False:
+        return longest
+    return min(longest, 4096) if args.kind == "bi-encoder" else 0
 
 
 def _size_cpu_cache(settings: dict[str, Any], model: Model) -> None:

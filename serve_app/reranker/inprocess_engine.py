@@ -7,6 +7,7 @@ with it, which Serve then replaces.
 import asyncio
 import contextlib
 import gc
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import numpy as np
 from serve_app.reranker.core_engine import CoreEngine
 from serve_app.reranker.engine import Task, line, vllm_args
 from serve_app.reranker.last_layer import compute_what_is_read
+
+logger = logging.getLogger("ray.serve")
 
 _CLOSE_LIMIT_S = 10.0
 
@@ -115,9 +118,13 @@ def _load(settings: dict[str, Any], task: Task) -> Any:
     # vLLM collects garbage five times while it starts: two seconds over what was imported.
     gc.freeze()
     client = InprocClient(config, Executor.get_class(config), log_stats=False)
-    if config.model_config.enforce_eager:
-        compute_what_is_read(client.engine_core.model_executor.driver_worker.worker.model_runner.model, task)
-    _leave_process_groups()
+    try:
+        if config.model_config.enforce_eager:
+            compute_what_is_read(client.engine_core.model_executor.driver_worker.worker.model_runner.model, task)
+        _leave_process_groups()
+    except Exception as error:
+        # Parts that another vLLM may not have, and does without.
+        logger.warning(f"This vLLM computes as it does by itself, a tenth slower: {line(error)}")
     # vLLM seeds these with 0, and all replicas of the process alike.
     random.seed()
     np.random.seed()

@@ -38,7 +38,8 @@ def compute_what_is_read(model: Any, task: Task) -> list[Any]:
         if not isinstance(metadata, dict) or not metadata:
             return None
         # All layers' prompts start at the same rows.
-        return rows_of(next(iter(metadata.values())).query_start_loc)
+        starts = getattr(next(iter(metadata.values())), "query_start_loc", None)
+        return None if starts is None else rows_of(starts)
 
     last = layers[-1]
     parts = [last.get_submodule(name) for name in _AFTER_ATTENTION[type(last).__name__]]

@@ -76,7 +76,9 @@ def change(entry: Body) -> str:
 
 
 def clock(at: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(at))
+    """With the day where it isn't today."""
+    then = time.localtime(at)
+    return time.strftime("%H:%M:%S" if then[:3] == time.localtime()[:3] else "%Y-%m-%d %H:%M:%S", then)
 
 
 def status(rollout: Body, entries: Sequence[Body], remark: str = "") -> RenderableType:
@@ -107,13 +109,14 @@ def status(rollout: Body, entries: Sequence[Body], remark: str = "") -> Renderab
 
 def _steps(rollout: Body) -> RenderableType:
     table = _table("", "step", "")
-    at = rollout["step"]
-    for i, raw in enumerate(rollout["document"]["steps"]):
-        mark, style = "", ""
-        if i < at or (i == at and rollout["status"] == "promoted"):
+    at, status, steps = rollout["step"], rollout["status"], rollout["document"]["steps"]
+    for i, raw in enumerate(steps):
+        # Left out, also the rest of a step that a promotion cut short.
+        mark, style = ("–", "dim") if status in FINISHED else ("", "")
+        if i < at or (i == at == len(steps) - 1 and status == "promoted"):
             mark, style = "✓", "dim"
-        elif i == at:
-            mark, style = ("✗", "red") if rollout["status"] in FINISHED else ("▶", "bold")
+        elif i == at and status != "promoted":
+            mark, style = ("✗", "red") if status in FINISHED else ("▶", "bold")
         step = Step.model_validate(raw)
         what = ""
         if step.set_weight is not None:

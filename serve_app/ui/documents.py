@@ -62,8 +62,8 @@ def read(text: str) -> list[Batch]:
         batches = _from_json((f"item {number}", item) for number, item in enumerate(items, 1))
     elif lines[0][1].lstrip()[0] in '{"' and _is_json(lines[0][1]):
         batches = _from_json(_rows(lines))
-    elif (columns := _columns(lines[0][1])) is not None:
-        batches = _from_csv(text, columns)
+    elif (header := _header(lines[0][1])) is not None:
+        batches = _from_csv(text, header)
     else:
         batch = Batch(None)
         for _, line in lines:
@@ -140,8 +140,16 @@ def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
     return next((str(row[name]) for name in names if isinstance(row.get(name), str | int)), None)
 
 
-def _columns(line: str) -> dict[str, int] | None:
-    """Columns of a CSV header by what they are; None where the line is none."""
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Columns of a CSV by what they are, and how many there are."""
+
+    columns: dict[str, int]
+    width: int
+
+
+def _header(line: str) -> _Header | None:
+    """None where the line is none: names have a word or two, where a document may have more."""
     try:
         names = [name.strip().lower() for name in next(csv.reader([line]))]
     except csv.Error:
@@ -151,11 +159,14 @@ def _columns(line: str) -> dict[str, int] | None:
         index = next((names.index(name) for name in known if name in names), None)
         if index is not None:
             found[what] = index
+    if "text" not in found or any(len(name.split()) > 2 for name in names):
+        return None
     # One word alone may be a document.
-    return found if "text" in found and (len(names) > 1 or line.strip().lower() in _TEXT) else None
+    return _Header(found, len(names)) if len(names) > 1 or line.strip().lower() in _TEXT else None
 
 
-def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
+def _from_csv(text: str, header: _Header) -> list[Batch]:
+    columns = header.columns
     batches: dict[str | None, Batch] = {}
     # Else a quote that is missing would make one document of all rows after it.
     rows = csv.reader(io.StringIO(text), strict=True)
@@ -172,6 +183,11 @@ def _from_csv(text: str, columns: dict[str, int]) -> list[Batch]:
                 continue
             if len(row) <= max(columns.values()):
                 raise DocumentsError(f"line {rows.line_num}: has {len(row)} columns, fewer than the first line")
+            if any(cell.strip() for cell in row[header.width :]):
+                raise DocumentsError(
+                    f"line {rows.line_num}: has {len(row)} columns, the first line {header.width}; a text with "
+                    "commas stands in double quotes"
+                )
             query = row[columns["query"]] if "query" in columns else None
             batch = batches.setdefault(query, Batch(query))
             batch.add(row[columns["text"]], row[columns["id"]] if "id" in columns else "")

@@ -41,7 +41,9 @@ def search(recalled: Body, found: Body) -> str:
     for rank, result in enumerate(found["results"], 1):
         moves.append(came(rank, before.get(result["id"]) or _recall_rank(result)))
     right = results(found["results"], [result["score"] for result in found["results"]], moves)
-    reranked = [stage for stage in found["meta"]["stages"][1:] if not stage.get("skipped")]
+    failed = {entry["stage"] for entry in found["meta"].get("degraded") or ()}
+    stages = [stage for stage in found["meta"]["stages"][1:] if not stage.get("skipped")]
+    reranked = [stage for stage in stages if stage["name"] not in failed]
     title = "Reranked" if reranked else "Answer (nothing reranked it)"
     return (
         f"{degraded(found['meta'])}{origin(found['meta'])}{stage_times(found['meta'])}"

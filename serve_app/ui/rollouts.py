@@ -49,7 +49,7 @@ def view(rollout: Body, history: Sequence[Body], now: float) -> str:
     return (
         f"{head}{reason}{_weights(rollout)}<h3>Steps</h3>{_steps(rollout)}"
         f"<h3>Guards</h3>{_guards(rollout)}<h3>Since the weight was last changed</h3>{_figures(rollout)}"
-        f"<h3>History (UTC)</h3>{_history(history)}"
+        f"<h3>History (UTC)</h3>{_history(history, now)}"
     )
 
 
@@ -70,14 +70,17 @@ def _weights(rollout: Body) -> str:
 
 def _steps(rollout: Body) -> str:
     at, status = rollout["step"], rollout["status"]
+    steps = rollout["document"].get("steps") or ()
     items = []
-    for i, step in enumerate(rollout["document"].get("steps") or ()):
-        if i < at or (i == at and status == "promoted"):
+    for i, step in enumerate(steps):
+        if i < at or (i == at == len(steps) - 1 and status == "promoted"):
             mark, kind, words = "✓", "done", "done"
+        elif i == at and status == "promoted":
+            mark, kind, words = "–", "", "cut short by the promotion"
         elif i == at:
             mark, kind, words = ("✗", "bad", "ended here") if status in _FINISHED else ("▶", "now", "under way")
         else:
-            mark, kind, words = "", "", "to come"
+            mark, kind, words = ("–", "", "left out") if status in _FINISHED else ("", "", "to come")
         items.append(
             f'<li class="{kind}"><span aria-hidden="true">{mark}</span> {escape(_step(step))}'
             f'<span class="unseen"> ({words})</span></li>'
@@ -131,14 +134,20 @@ def _figures(rollout: Body) -> str:
     return table(("", "calls", "errors", "degraded", "p50", "p95", "mirrored"), rows)
 
 
-def _history(entries: Sequence[Body]) -> str:
+def _history(entries: Sequence[Body], now: float) -> str:
     """The newest first."""
     items = [
-        f"<li><time>{time.strftime('%H:%M:%S', time.gmtime(entry['at']))}</time> "
+        f"<li><time>{_clock(entry['at'], now)}</time> "
         f"<b>{escape(entry['to_status'])}</b><div class='text'>{escape(entry['reason'])}</div></li>"
         for entry in reversed(entries)
     ]
     return f'<ol class="history">{"".join(items)}</ol>'
+
+
+def _clock(at: float, now: float) -> str:
+    """In UTC, with the day where it isn't today."""
+    then = time.gmtime(at)
+    return time.strftime("%H:%M:%S" if then[:3] == time.gmtime(now)[:3] else "%Y-%m-%d %H:%M:%S", then)
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from serve_app.access import ADMIN_KEY
@@ -128,3 +129,17 @@ def test_eval_asks_for_what_is_said_and_its_code_says_whether_it_was_cut_off(
     assert main(["eval", "--dataset", "d", "--top-n", "50", "--ignore-identical-ids", "--json"]) == code
     assert (asked["top_n"], asked["ignore_identical_ids"]) == (50, True)
     assert (json.loads(capsys.readouterr().out)["stopped"] is None) == (code == 0)
+
+
+@pytest.mark.parametrize(("timeout_ms", "limit_s"), [(None, 90), (200_000, 210)])
+def test_a_call_waits_as_long_as_its_deadline(
+    timeout_ms: int | None, limit_s: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def late(*_: Any, timeout: httpx.Timeout, **__: Any) -> httpx.Response:
+        assert (timeout.read, timeout.connect) == (limit_s, 10)
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(httpx, "post", late)
+    asked = [] if timeout_ms is None else ["--timeout-ms", str(timeout_ms)]
+    assert main(["search", "headphones", *asked]) == 1
+    assert f"for {limit_s} s; --timeout-ms" in capsys.readouterr().err

@@ -86,6 +86,18 @@ def test_numbers_as_ids_no_header_blank_lines_and_crlf_are_read(dataset: Path) -
     assert (data.queries[0].id, data.grades) == ("7", {"7": {"12": 1}})
 
 
+def test_no_language_may_be_null(dataset: Path) -> None:
+    (dataset / "queries.jsonl").write_text('{"_id": "q1", "text": "x", "lang": null}\n')
+    (dataset / "qrels" / "test.tsv").write_text("q1\ta\t1\n")
+    assert read_dataset(dataset).queries[0].lang == ""
+
+
+def test_a_first_line_about_a_query_is_no_header(dataset: Path) -> None:
+    (dataset / "qrels" / "test.tsv").write_text("q1\ta\t1O\nq2\tc\t1\n")
+    with pytest.raises(DatasetError, match=r"test\.tsv:1: the grade must be a whole number, got '1O'"):
+        read_dataset(dataset)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -341,8 +353,10 @@ def test_a_key_that_is_only_refused_ends_the_run(dataset: Path, clock: Clock) ->
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
+# Ray's HAProxy says 500 for a fleet whose gateways are away.
+@pytest.mark.parametrize("status", [503, 500])
 def test_a_gateway_that_goes_away_leaves_the_finished_systems(
-    dataset: Path, clock: Clock, concurrency: int
+    dataset: Path, clock: Clock, concurrency: int, status: int
 ) -> None:
     asked = 0
 
@@ -353,7 +367,7 @@ def test_a_gateway_that_goes_away_leaves_the_finished_systems(
         asked += 1
         if asked % 3:
             raise (httpx.ConnectError, httpx.ConnectTimeout)[asked % 2]("nobody there")
-        return httpx.Response(503)
+        return httpx.Response(status, text="Internal Server Error")
 
     report = run(many(dataset, 40), reply, concurrency=concurrency)
     assert [result.name for result in report.results] == ["recall alone", "bm25"]
@@ -411,6 +425,9 @@ def test_a_limit_of_the_gateways_names_the_option(dataset: Path) -> None:
     report = run(dataset, reply, seen, models=["canary"], top_n=50)
     assert report.failures == 0
     assert seen[0]["recall_k"] == 50
+    error = {"message": "timeout_ms is 30000; the limit is 5000", "code": "limit_exceeded", "param": "timeout_ms"}
+    table = run(dataset, lambda body: httpx.Response(400, json={"error": error})).table()
+    assert "the limit is 5000; --timeout-s sets it" in table
 
 
 def test_no_user_or_key_of_the_url_is_shown(dataset: Path) -> None:
@@ -442,6 +459,9 @@ def test_a_documents_own_query_is_left_out_when_asked_for(dataset: Path) -> None
     assert [result.metrics["mrr@10"] for result in left_out.results] == [0.5] * 2
     assert not any("--ignore-identical-ids" in note for note in left_out.notes)
     assert {body["top_n"] for body in seen} == {2}
+    run(dataset, reply, seen, models=["canary"], ignore_identical_ids=True)
+    # Also of one that recalls no more than it shows.
+    assert seen[-1] == {**seen[-1], "model": "canary", "top_n": 51}
 
 
 def test_an_own_document_that_is_judged_relevant_is_no_surprise(dataset: Path) -> None:

@@ -76,6 +76,9 @@ def test_model_number_is_one_term_however_it_is_written(query: str, document: st
         ("机", "耳机"),
         ("索尼耳机", "索尼 (Sony) 耳机"),
         ("กาแฟ", "เครื่องชงกาแฟ"),
+        ("brightmoor", "Brightmoor™ Headphones"),
+        ("core i7", "Intel® Core™"),
+        ("ps5", "PS5™ 手柄"),
     ],
 )
 def test_what_people_type_finds_what_sellers_write(query: str, document: str) -> None:
@@ -263,3 +266,8 @@ def test_weights_are_positive_and_terms_are_a_documents(text: str) -> None:
     terms = QUERY.terms(text)
     assert all(0 < weight <= 1 for weight in terms.values())
     assert not terms or document_terms(text) & terms.keys()
+
+
+def test_thai_words_are_pairs_across_every_vowel_sign() -> None:
+    assert set(QUERY.terms("รับ")) == {"รั", "ับ"}
+    assert not QUERY.terms("รับ").keys() & document_terms("บัตร")

@@ -272,3 +272,11 @@ def _read_as_a_stranger(index: Path) -> None:
 def _manifest(index: Path, text: str) -> None:
     index.mkdir()
     (index / "manifest.json").write_text(text)
+
+
+def test_a_home_folder_is_the_one_that_the_command_builds_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(OpenError, match=f"no index at {tmp_path}/idx"):
+        TantivyIndex("~/idx")

@@ -474,6 +474,17 @@ def test_a_step_on_a_cpu_makes_no_tensor_that_the_process_gives_back(
     assert settings(config={**QWEN, **config}, max_num_batched_tokens=300)["max_num_batched_tokens"] == 300
 
 
+def test_a_step_on_a_cpu_is_never_less_than_vllm_takes() -> None:
+    shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": 128}
+    wide = {**QWEN, **shape}
+    assert settings(config=wide, max_num_seqs=1024)["max_num_batched_tokens"] == 1024
+    whole = settings(config=wide, enable_chunked_prefill=False, max_model_len=2048)
+    assert whole["max_num_batched_tokens"] == 2048
+    # It may pool a mean, of a whole text.
+    llama = {**shape, "architectures": ["LlamaModel"], "model_type": "llama", "max_position_embeddings": 2048}
+    assert settings("bi-encoder", llama)["max_num_batched_tokens"] == 2048
+
+
 def test_cpu_cache_holds_the_longest_prompt_or_is_refused() -> None:
     shape = {**QWEN, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
     least = kv_cache_bytes(shape, 32_768, "bfloat16", 32)

@@ -13,7 +13,7 @@ import pytest
 from serve_app import cli
 from serve_app.access import ADMIN_KEY
 from serve_app.gateway.rollouts import deployed
-from serve_app.rollout import command, watch
+from serve_app.rollout import command, view, watch
 from serve_app.rollout.client import CommandError
 from serve_app.rollout.controller import Controller
 from serve_app.rollout.messages import News
@@ -100,3 +100,18 @@ def test_a_key_that_no_header_carries_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(ADMIN_KEY, "schlüssel")
     with pytest.raises(CommandError, match=f"{ADMIN_KEY} has characters other than printable ASCII"):
         run("list")
+
+
+@pytest.mark.parametrize(
+    ("status", "step", "marks"),
+    [
+        ("step", 1, ["✓", "▶", ""]),
+        ("aborted", 1, ["✓", "✗", "–"]),
+        ("promoted", 1, ["✓", "–", "–"]),
+        ("promoted", 2, ["✓", "✓", "✓"]),
+    ],
+)
+def test_steps_that_did_not_happen_are_not_marked_as_done(status: str, step: int, marks: list[str]) -> None:
+    steps = [{"set_weight": 25}, {"pause": {"duration_s": 60}}, {"set_weight": 50}]
+    table: Any = view._steps({"status": status, "step": step, "document": {"steps": steps}})
+    assert list(table.columns[0].cells) == marks

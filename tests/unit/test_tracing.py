@@ -165,3 +165,19 @@ def test_nothing_is_imported_or_recorded_without_an_endpoint() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["Authorization: Bearer SECRET", "a=b, Bearer SECRET"])
+def test_a_header_that_is_none_is_said_without_its_secret(
+    value: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from serve_app.otlp import _Sender
+
+    logging.getLogger("opentelemetry").setLevel(logging.NOTSET)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", value)
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "error", said.append)
+    _Sender(receiver.url).shutdown()
+    (told,) = said
+    assert "OTEL_EXPORTER_OTLP_HEADERS" in told
+    assert "SECRET" not in told + caplog.text

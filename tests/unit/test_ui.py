@@ -118,8 +118,13 @@ def test_a_document_may_be_longer_than_a_csv_field_is_by_default():
     assert [d.text for d in read(f'id,text\n1,"{long}"')[0].documents] == [long]
 
 
-def test_a_sentence_with_a_comma_is_no_csv():
-    assert [d.text for d in read("red, green and text\nx")[0].documents] == ["red, green and text", "x"]
+@pytest.mark.parametrize("first", ["red, green and text", "Document, photo and film scanner"])
+def test_a_sentence_with_a_comma_is_no_csv(first):
+    assert [d.text for d in read(f"{first}\nx, A4, black")[0].documents] == [first, "x, A4, black"]
+
+
+def test_cells_that_are_empty_are_no_text_too_many():
+    assert read("id,text\n1,red shoes,,\n")[0].documents == [Document("1", "red shoes")]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,7 @@ def test_a_sentence_with_a_comma_is_no_csv():
         ('{"query": 3, "text": "a"}', "line 1: query is no text"),
         ('{"a":' * 100_000, "line 1: is not valid JSON"),
         ("id,text\n1", "line 2: has 1 columns"),
+        ("id,text\n1,red shoes, size 42\n2,lamp", "line 2: has 3 columns, the first line 2; a text with commas"),
         ("id,text\n", "no documents"),
         ('id,text\n1,"two\nlines"\n2,"no end\n3,red\n4,blue', "line 4: is not valid CSV"),
         ('id,text\n1,red\n2,"no end\n3,"blue"\n4,green', "line 3: is not valid CSV"),
@@ -216,9 +222,9 @@ def test_search_shows_both_orders_and_what_moved():
 
 def test_degraded_and_skipped_stages_are_said():
     degraded = [{"stage": "small", "reason": "timeout", "detail": "small did not answer within 5 ms"}]
-    assert "Not the full answer: small did not contribute (small did not answer within 5 ms)" in search_html(
-        degraded=degraded
-    )
+    html = search_html(degraded=degraded)
+    assert "Not the full answer: small did not contribute (small did not answer within 5 ms)" in html
+    assert "nothing reranked it" in html
     skipped = [META["stages"][0], {"name": "small", "took_ms": 0.0, "skipped": "the query has '耳'"}]
     html = search_html(stages=skipped)
     assert "left out on purpose" in html
@@ -373,6 +379,22 @@ def test_a_rollout_shows_weights_steps_guards_and_history():
     assert "width:25%" in html
     assert "started by &lt;me&gt;" in html
     assert "1,200" in html
+
+
+def test_a_promotion_before_the_last_step_did_not_take_the_others():
+    early = rollouts.view({**ROLLOUT, "status": "promoted", "step": 0}, [], 130.0)
+    assert "(cut short by the promotion)" in early
+    assert "(left out)" in early
+    assert "(done)" not in early
+    last = len(ROLLOUT["document"]["steps"]) - 1
+    assert "(left out)" not in rollouts.view({**ROLLOUT, "status": "promoted", "step": last}, [], 130.0)
+
+
+def test_a_history_of_several_days_has_their_dates():
+    entry = {"from_status": "paused", "to_status": "promoted", "reason": "by hand"}
+    html = rollouts.view(ROLLOUT, [{**entry, "at": 0.0}, {**entry, "at": 200_000.0}], 200_010.0)
+    assert "<time>1970-01-01 00:00:00</time>" in html
+    assert "<time>07:33:20</time>" in html
 
 
 # ---- calls to the gateway
