@@ -461,6 +461,23 @@ def test_the_last_layer_is_computed_for_what_is_read(
         running.close()
 
 
+def test_a_vllm_without_the_parts_that_are_spared_scores_all_the_same(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*_: Any) -> list[Any]:
+        raise AttributeError("'ModelRunner' object has no attribute 'model'")
+
+    said: list[str] = []
+    monkeypatch.setattr(inprocess_module, "compute_what_is_read", other)
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "warning", said.append)
+    running = Running("inprocess", settings)
+    try:
+        assert running.run(running.engine.pool(prompts(3))).vectors.shape == (3, 1)
+    finally:
+        running.close()
+    assert any("has no attribute 'model'" in line for line in said)
+
+
 def test_a_crash_fails_all_calls_and_health(fresh: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     async def crash() -> None:
         first, _ = await under_way(fresh, prompts(3000))
