@@ -21,6 +21,12 @@ _GONE_QUERIES = 3
 # The gateway's own deadline comes first, so that its answer says what happened.
 _GRACE_S = 5.0
 _CONNECT_S = 10.0
+# What helps where a query asks for more than the gateway's limits allow, by the field that does.
+_OPTIONS = {
+    "top_n": "--top-n asks for fewer results",
+    "recall_k": "--top-n asks for fewer results",
+    "timeout_ms": "--timeout-s sets it",
+}
 
 
 class EvaluationError(RuntimeError):
@@ -178,10 +184,8 @@ def _refusal(response: httpx.Response) -> str:
     try:
         error = response.json()["error"]
         message = error["message"]
-        if error.get("code") == "limit_exceeded" and error.get("param") in ("top_n", "recall_k"):
-            message += "; --top-n asks for fewer results"
-        elif error.get("code") == "limit_exceeded" and error.get("param") == "timeout_ms":
-            message += "; --timeout-s sets it"
+        if error.get("code") == "limit_exceeded" and error.get("param") in _OPTIONS:
+            message += f"; {_OPTIONS[error['param']]}"
     except (ValueError, KeyError, TypeError, AttributeError):
         message = response.text[:200] or response.reason_phrase
     return f"{response.status_code}: {message}"

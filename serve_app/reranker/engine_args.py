@@ -102,18 +102,14 @@ def engine_settings(
         if device == "cpu":
             # The CPU build's default block of 128 tokens caches no shared head, which is shorter.
             settings["block_size"] = 32
-    elif not is_decoder(model.config):
-        # Encoders read a text in one step, so the longest has to fit into one.
-        longest = longest_prompt(model.config, args.engine.get("max_model_len"))
-        settings["max_num_batched_tokens"] = max(settings["max_num_batched_tokens"], longest)
+    at_once = args.engine.get("max_num_seqs")
+    settings["max_num_batched_tokens"] = max(
+        settings["max_num_batched_tokens"], at_once if isinstance(at_once, int) else 0, _uncut(args, model)
+    )
     settings |= args.engine
     settings |= {"model": str(model.folder), "runner": "pooling"}
     settings["hf_overrides"] = _overrides(args, model) | (settings.get("hf_overrides") or {})
     if device == "cpu":
-        if "max_num_batched_tokens" not in args.engine:
-            settings["max_num_batched_tokens"] = max(
-                settings["max_num_batched_tokens"], settings["max_num_seqs"], _uncut(args, model)
-            )
         _size_cpu_cache(settings, model)
         if settings["dtype"] in ("bfloat16", "float16", "half") and not cpu_has_bf16:
             logger.warning(
@@ -185,10 +181,12 @@ def _cpu_step(config: Mapping[str, Any], dtype: Any) -> int:
 
 
 def _uncut(args: RerankerArgs, model: Model) -> int:
-    """Tokens of the longest text that must not be cut over steps: of a decoder's where that was turned off, and
-    where it may pool a mean, which vLLM can't of parts. 4,096 at most for those, of which most pool the last."""
+    """Tokens of the longest text that must not be cut over steps: an encoder's, one for which cutting was turned
+    off, and a decoder's that may pool a mean, which vLLM can't of parts. 4,096 at most for those, of which most
+    pool the last."""
     longest = longest_prompt(model.config, args.engine.get("max_model_len"))
-    if args.engine.get("enable_chunked_prefill") is False:
+    encodes = args.kind != "qwen3-reranker" and not is_decoder(model.config)
+    if encodes or args.engine.get("enable_chunked_prefill") is False:
         return longest
     return min(longest, 4096) if args.kind == "bi-encoder" else 0
 

@@ -478,6 +478,8 @@ def test_a_step_on_a_cpu_is_never_less_than_vllm_takes() -> None:
     shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": 128}
     wide = {**QWEN, **shape}
     assert settings(config=wide, max_num_seqs=1024)["max_num_batched_tokens"] == 1024
+    # vLLM says what is wrong with it.
+    assert settings(config=wide, max_num_seqs="many")["max_num_batched_tokens"] == 512
     whole = settings(config=wide, enable_chunked_prefill=False, max_model_len=2048)
     assert whole["max_num_batched_tokens"] == 2048
     # It may pool a mean, of a whole text.
